@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a prepared dataset: ``dataset.json`` beside ``images/`` and ``labels/``.
+
+The file is a MONAI datalist (``training``, ``validation``, ``test``) with a head that says what the images are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai_synth.errors import UserError
+
+SPLITS = ("training", "validation", "test")
+HEAD_KEYS = ("name", "task", "modality", "image_channels", "spatial_shape", "intensity")
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A prepared dataset on disk.
+
+    Attributes:
+        root: absolute folder that holds ``dataset.json``.
+        content: the parsed file.
+        fingerprint: SHA-256 of the file; it names every case, its labels and how it was made.
+    """
+
+    root: Path
+    content: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return str(self.content["name"])
+
+    @property
+    def labels(self) -> dict[str, int]:
+        return {str(k): int(v) for k, v in self.content.get("labels", {}).items()}
+
+    def datalist(self, split: str) -> list[dict[str, Any]]:
+        """Cases of a split with absolute paths.
+
+        Raises:
+            UserError: unknown split, or a case whose files are not there.
+        """
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
+        cases = []
+        for case in self.content.get(split, []):
+            case = dict(case)
+            for key in ("image", "label"):
+                if key in case:
+                    path = self.root / case[key]
+                    if not path.is_file():
+                        msg = (
+                            f"{self.root / 'dataset.json'} lists {case[key]}, which is not there; "
+                            "prepare the dataset again (monai-synth prepare ... --overwrite)"
+                        )
+                        raise UserError(msg)
+                    case[key] = str(path)
+            cases.append(case)
+        return cases
+
+
+def read_dataset(dataset_dir: str | Path, *, task: str | None = None) -> PreparedDataset:
+    """Read and check ``dataset_dir/dataset.json``.
+
+    Args:
+        dataset_dir: folder written by ``monai-synth prepare``.
+        task: refuse a dataset that was prepared for another task.
+
+    Raises:
+        UserError: the folder is missing, empty, not a prepared dataset, unreadable, or of another task.
+    """
+    root = Path(dataset_dir).expanduser().absolute()
+    path = root / "dataset.json"
+    remedy = "write one with `monai-synth prepare lidc SRC OUT` and give its folder as --dataset_dir"
+    if not root.is_dir():
+        raise UserError(f"dataset_dir {root} is not a folder; {remedy}")
+    if not path.is_file():
+        raw = " (it looks like DICOM: prepare it first)" if any(root.rglob("*.dcm")) else ""
+        raise UserError(f"dataset_dir {root} holds no dataset.json{raw}; {remedy}")
+    raw_bytes = path.read_bytes()
+    try:
+        content = json.loads(raw_bytes)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    missing = [key for key in HEAD_KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}, so it is no prepared dataset; {remedy}")
+    if task is not None and content["task"] != task:
+        raise UserError(f"{path} was prepared for task {content['task']!r}, this bundle needs {task!r}; {remedy}")
+    return PreparedDataset(root, content, hashlib.sha256(raw_bytes).hexdigest())
+
+
+def load_datalist(dataset_dir: str | Path, split: str, *, required: bool = True) -> list[dict[str, Any]]:
+    """Cases of one split with absolute paths, as MONAI datasets take them.
+
+    Raises:
+        UserError: see :func:`read_dataset`; also an empty split where one is ``required``.
+    """
+    dataset = read_dataset(dataset_dir)
+    cases = dataset.datalist(split)
+    if required and not cases:
+        sizes = ", ".join(f"{s} {len(dataset.content.get(s, []))}" for s in SPLITS)
+        raise UserError(f"split {split!r} of {dataset.root} has no case (cases: {sizes}); choose another split")
+    return cases
