@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifier of noisy image crops that knows the timestep (LSDM thesis, Sec 3.4, Fig 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.networks.layers.factories import Pool
+from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
+from torch import Tensor, nn
+
+from monai_synth.networks.blocks import BlockSettings, MiddleBlock, conv
+from monai_synth.networks.encoder import check_input, check_levels, encoder, plain_tensor, time_embedding
+
+
+class NoisyClassifier(nn.Module):
+    """Encoder and middle block of the U-Net without SPADE, then pooling and one linear layer.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image crop.
+        out_channels: 2 for the logits of benign and malignant, 1 for a regression.
+        channels: channels of each level, each a multiple of ``norm_num_groups``.
+        attention_levels: which levels have attention after each residual block. The middle block always has.
+        num_res_blocks: residual blocks of each level.
+        num_head_channels: channels of an attention head, for all levels or for each.
+        norm_num_groups: groups of the normalisations.
+        norm_eps: added to the variance in the normalisations.
+        use_flash_attention: torch's fused attention.
+
+    Raises:
+        UserError: if the options do not fit each other.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        *,
+        attention_levels: Sequence[bool],
+        num_res_blocks: int | Sequence[int] = 2,
+        num_head_channels: int | Sequence[int] = 32,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-6,
+        use_flash_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        res_blocks, heads = check_levels(
+            channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups
+        )
+        settings = BlockSettings(
+            spatial_dims=spatial_dims,
+            time_channels=channels[0] * 4,
+            norm_num_groups=norm_num_groups,
+            norm_eps=norm_eps,
+            use_flash_attention=use_flash_attention,
+        )
+        self.in_channels, self.out_channels, self.channels = in_channels, out_channels, tuple(channels)
+        self.conv_in = conv(spatial_dims, in_channels, channels[0])
+        self.time_embed = time_embedding(settings)
+        self.down_blocks = encoder(settings, channels, res_blocks, heads, attention_levels)
+        self.middle_block = MiddleBlock(settings, channels[-1], num_head_channels=heads[-1])
+        self.out = nn.Sequential(
+            nn.GroupNorm(norm_num_groups, channels[-1], eps=norm_eps),
+            nn.SiLU(),
+            Pool[Pool.ADAPTIVEAVG, spatial_dims](1),
+            nn.Flatten(),
+            nn.Linear(channels[-1], out_channels),
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Classify noisy crops.
+
+        Args:
+            x: crops (B, C, *S); S divisible by 2 to the number of levels minus one.
+            timesteps: (B,), noise level of each crop, 0 to T - 1.
+
+        Returns:
+            Logits or predicted values (B, out_channels).
+        """
+        x = plain_tensor(x)
+        check_input(x, self.in_channels, len(self.channels))
+        emb = self.time_embed(get_timestep_embedding(timesteps, self.channels[0]).to(x.dtype))
+        conditions = iter(())
+        h = self.conv_in(x)
+        for block in self.down_blocks:
+            h, _ = block(h, emb, conditions)
+        return self.out(self.middle_block(h, emb, conditions))
