@@ -72,8 +72,8 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     found = [f"{len(keys)} {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
     if found:
         msg = (
-            f"These weights do not fit {type(network).__name__} ({'; '.join(found)}). Build the network with the"
-            " options that they were trained with (weights of MONAI: time_scale_shift=False and, with SPADE,"
+            f"These weights do not fit {type(network).__name__} ({'; '.join(found)}). Build the network"
+            " with the options of the training (weights of MONAI: time_scale_shift=False and, with SPADE,"
             " spade_in=('up',) and spade_variant='monai'). Cross-attention and class embeddings are not"
             " supported."
         )

@@ -59,7 +59,7 @@ def check_levels(
         heads = ensure_tuple_rep(num_head_channels, len(channels))
     except ValueError as error:
         msg = (
-            f"num_res_blocks {num_res_blocks} and num_head_channels {num_head_channels} must each be one number,"
+            f"num_res_blocks {num_res_blocks} and num_head_channels {num_head_channels} must be one number,"
             f" or one for each of the {len(channels)} levels."
         )
         raise UserError(msg) from error

@@ -267,10 +267,10 @@ class SPADEUNet(nn.Module):
 
 def _check_spade(spade_in: tuple[str, ...], label_nc: int, semantic_downsample: str) -> None:
     if not set(spade_in) <= set(SPADE_PLACES):
-        msg = f"spade_in is {spade_in}; it may hold any of {SPADE_PLACES}; () is the plain U-Net."
+        msg = f"spade_in is {spade_in}; it may hold any of {SPADE_PLACES}."
         raise UserError(msg)
     if spade_in and label_nc < 1:
-        msg = f"label_nc is {label_nc}, but SPADE needs at least one class. Set spade_in to () for a plain U-Net."
+        msg = f"label_nc is {label_nc}, but SPADE needs at least one class. With spade_in () it is unused."
         raise UserError(msg)
     if semantic_downsample not in SEMANTIC_DOWNSAMPLES:
         msg = f"semantic_downsample is {semantic_downsample!r}; it must be one of {SEMANTIC_DOWNSAMPLES}."
