@@ -11,7 +11,6 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,40 +22,14 @@ from monai_synth import __version__
 from monai_synth.data.lidc_output import check_output, whole_folder
 from monai_synth.data.lidc_pool import map_unordered, stopped
 from monai_synth.data.lidc_scan import ScanResult, ScanTask, prepare_scan
-from monai_synth.data.lidc_series import (
-    Problem,
-    ReadingFile,
-    Series,
-    SliceFile,
-    group_series,
-    inspect_file,
-    is_axial,
-    order_series,
-    slice_thickness,
-)
-from monai_synth.data.lidc_xml import read_lidc_xml
+from monai_synth.data.lidc_series import Problem, Series
+from monai_synth.data.lidc_source import Source, find_scans
 from monai_synth.data.semantic import HU_MAX, HU_MIN, LABELS
 from monai_synth.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _SPLITS = ("training", "validation", "test")
 _MAX_REPORTED = 50
-
-
-@dataclass
-class Source:
-    """What a folder holds.
-
-    Attributes:
-        scans: usable series with the path of their reading, in order of (PatientID, SeriesInstanceUID).
-        problems: everything unusable.
-        skipped: what is rightly left out, counted by reason.
-    """
-
-    scans: list[tuple[Series, str]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    num_files: int = 0
 
 
 def prepare_lidc(
@@ -78,24 +51,27 @@ def prepare_lidc(
 ) -> dict[str, Any]:
     """Prepare CT slices, semantic maps and nodule tables from LIDC-IDRI.
 
-    ``source`` may be nested in any way; series are matched with their XML by SeriesInstanceUID wherever both lie. The
-    same source and settings give the same bytes, whatever ``num_workers`` is. Neither identifiers nor dates of the
-    source reach ``out``; patients, scans and slices are serial numbers in order of PatientID, SeriesInstanceUID and
-    position.
+    ``source`` may be nested in any way; series are matched with their XML by SeriesInstanceUID wherever both
+    lie. The same source and settings give the same bytes, whatever ``num_workers`` is. Neither identifiers
+    nor dates of the source reach ``out``; patients, scans and slices are serial numbers in order of
+    PatientID, SeriesInstanceUID and position.
 
     Args:
         source: folder with DICOM and XML.
         out: folder to write; it must not exist unless ``overwrite``.
         max_slice_thickness: mm; thicker scans are dropped and counted.
-        slice_fraction: share of the slices of a scan to take, see :func:`~monai_synth.data.lidc_scan.select_slices`.
+        slice_fraction: share of the slices of a scan to take, see
+            :func:`~monai_synth.data.lidc_scan.select_slices`.
         consensus: share of the readers who drew a nodule that has to include a pixel.
         min_nodule_area: smallest area in a slice, in pixels, for a nodule to be drawn and listed there.
         splits: shares of patients for training, validation and test, see :func:`split_patients`.
         seed: of the split.
         num_workers: processes; None takes one per core.
-        skip_bad: prepare what is usable and only count the rest; otherwise anything unusable refuses the whole source.
+        skip_bad: prepare what is usable and only count the rest; otherwise anything unusable refuses the
+            whole source.
         overwrite: replace a dataset that was prepared before.
-        link_table: CSV file outside ``out`` to write PatientID and SeriesInstanceUID of the serial numbers to.
+        link_table: CSV file outside ``out`` to write PatientID and SeriesInstanceUID of the serial numbers
+            to.
         progress: show progress bars.
         name: name of the dataset.
 
@@ -103,8 +79,8 @@ def prepare_lidc(
         The content of ``dataset.json``.
 
     Raises:
-        UserError: a setting is out of range, the source has nothing usable or something unusable, the output may not be
-            written, or the disk is full.
+        UserError: a setting is out of range, the source has nothing usable or something unusable, the output
+            may not be written, or the disk is full.
     """
     source, out = Path(source).expanduser().absolute(), Path(os.path.abspath(Path(out).expanduser()))
     settings = {
@@ -138,99 +114,11 @@ def prepare_lidc(
     return content
 
 
-def find_scans(
-    source: Path, *, max_slice_thickness: float = 2.5, num_workers: int = 1, progress: bool = False
-) -> Source:
-    """Look through a folder by the content of its files.
-
-    Raises:
-        UserError: it is no folder, or holds no file.
-    """
-    if not source.is_dir():
-        raise UserError(
-            f"source {source} is not a folder; give the folder that holds LIDC-IDRI (DICOM and XML)"
-        )
-    paths = sorted(
-        os.path.join(root, f) for root, _, files in os.walk(source, followlinks=True) for f in files
-    )
-    if not paths:
-        raise UserError(
-            f"source {source} holds no file; give the folder that holds LIDC-IDRI (DICOM and XML)"
-        )
-    chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
-    found, slices, readings = Source(num_files=len(paths)), [], []
-    with tqdm(total=len(paths), desc="reading headers", unit="file", disable=not progress) as bar:
-        for items in map_unordered(_inspect_files, chunks, num_workers):
-            bar.update(len(items))
-            for item in items:
-                if isinstance(item, SliceFile):
-                    slices.append(item)
-                elif isinstance(item, ReadingFile):
-                    readings.append(item)
-                elif isinstance(item, Problem):
-                    found.problems.append(item)
-                else:
-                    found.skipped[item or "no_dicom_or_xml"] += 1
-    _match(found, group_series(slices), _one_reading_per_series(found, readings), max_slice_thickness)
-    found.problems.sort(key=lambda p: p.message)
-    return found
-
-
-def _inspect_files(paths: list[str]) -> list[SliceFile | ReadingFile | Problem | str | None]:
-    return [] if stopped() else [inspect_file(path) for path in paths]
-
-
-def _one_reading_per_series(found: Source, readings: list[ReadingFile]) -> dict[str, str]:
-    """Path of the reading by series; the same reading twice is fine, two different ones are a problem."""
-    paths: dict[str, str] = {}
-    for reading in sorted(readings, key=lambda r: r.path):
-        first = paths.setdefault(reading.series_uid, reading.path)
-        if first == reading.path:
-            continue
-        if read_lidc_xml(first) == read_lidc_xml(reading.path):
-            found.skipped["copied_reading"] += 1
-        else:
-            msg = f"{reading.path}: reads the same series as {first} in another way; remove the one that is wrong"
-            found.problems.append(Problem("two_readings", msg))
-    return paths
-
-
-def _match(
-    found: Source, groups: dict[str, list[SliceFile]], readings: dict[str, str], thickest: float
-) -> None:
-    found.skipped["reading_without_series"] += len(readings.keys() - groups.keys())
-    for uid, files in groups.items():
-        thickness = slice_thickness(files)
-        if uid not in readings:
-            found.skipped["series_without_reading"] += 1
-        elif thickness is not None and thickness > thickest + 1e-6:
-            found.skipped["series_too_thick"] += 1
-        elif all(f.problem is None for f in files) and not is_axial(files):
-            found.skipped["series_not_axial"] += 1
-        else:
-            series = order_series(files)
-            if isinstance(series, list):
-                found.problems += series
-            elif thickness is None and len(series.slices) > 1 and series.spacing[0] > thickest + 1e-6:
-                found.skipped["series_too_thick"] += 1
-            else:
-                found.scans.append((series, readings[uid]))
-    found.scans.sort(key=lambda s: (s[0].patient_id or s[0].study_uid, s[0].uid))
-    if found.scans:
-        shapes = Counter(s[0].shape for s in found.scans)
-        usual = max(shapes, key=lambda s: (shapes[s], s))
-        for series, _ in [s for s in found.scans if s[0].shape != usual]:
-            got = f"its slices are {series.shape}, those of the other scans {usual}"
-            msg = f"{series.slices[0].path}: {got}; prepare scans of another size into a dataset of their own"
-            found.problems.append(Problem("other_size", msg))
-        found.scans = [s for s in found.scans if s[0].shape == usual]
-
-
 def split_patients(patients: Sequence[str], splits: Sequence[float], seed: int) -> dict[str, str]:
     """Split by patient, deterministic by seed.
 
-    With three patients or more every split with a share above 0 gets at least one, and training takes the rest after
-    rounding. Two patients make training and test, one makes training only.
+    With three patients or more every split with a share above 0 gets at least one, and training takes the
+    rest after rounding. Two patients make training and test, one makes training only.
 
     Args:
         patients: serial names.
@@ -402,7 +290,7 @@ def _content(name: str, results: list[ScanResult], found: Source, settings: dict
 
 def _cannot_write(out: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"output {out}: the disk is full, and nothing was left on it; free some space or name another disk"
+        return f"output {out}: the disk is full and nothing was left on it; free space or name another disk"
     return f"output {out} cannot be written ({error.strerror or error}); nothing was left there"
 
 

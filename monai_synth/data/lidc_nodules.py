@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the readers' outlines to nodules: masks, who drew the same nodule, consensus and ratings.
 
-LIDC's conventions: the pixels of an outline are the outer border and do not belong to the nodule; an outline with
-``inclusion`` FALSE is a hole. Both are read the same way here: the region of an outline is what lies strictly inside
-it. So a hole of one pixel, which the reading tool stores as that pixel's four neighbours, removes one pixel. An outline
-one pixel wide encloses nothing and gives no pixel.
+LIDC's conventions: the pixels of an outline are the outer border and do not belong to the nodule; an outline
+with ``inclusion`` FALSE is a hole. Both are read the same way here: the region of an outline is what lies
+strictly inside it. So a hole of one pixel, which the reading tool stores as that pixel's four neighbours,
+removes one pixel. An outline one pixel wide encloses nothing and gives no pixel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from math import gcd
 from statistics import median_high
 
 import numpy as np
+from scipy.spatial import cKDTree
 from skimage.draw import polygon
 
 from monai_synth.data.lidc_xml import LidcReading, NoduleReading, Roi
@@ -158,8 +159,6 @@ def distance(a: BoxMask, b: BoxMask, spacing: Sequence[float]) -> float:
         return lower_bound
     p = (np.argwhere(a.voxels) + a.start) * spacing
     q = (np.argwhere(b.voxels) + b.start) * spacing
-    from scipy.spatial import cKDTree
-
     return float(cKDTree(p).query(q)[0].min())
 
 
@@ -168,10 +167,10 @@ def join_readings(
 ) -> list[list[int]]:
     """Group readings that mean the same nodule; the files do not say which do.
 
-    Pairs are joined from the most to the least alike (share of overlap, then distance), as long as they overlap or lie
-    within ``tolerance``, and never so that one reader would have read a nodule twice. Only after that a reading left
-    over joins the group in which at least half of it (or of the reading it meets) lies: that reader drew in pieces
-    what others drew as one, and the pieces count as one drawing.
+    Pairs are joined from the most to the least alike (share of overlap, then distance), as long as they
+    overlap or lie within ``tolerance``, and never so that one reader would have read a nodule twice. Only
+    after that a reading left over joins the group in which at least half of it (or of the reading it meets)
+    lies: that reader drew in pieces what others drew as one, and the pieces count as one drawing.
 
     Args:
         masks: one per reading.
@@ -205,7 +204,7 @@ def join_readings(
 
 
 def consensus_mask(masks: Sequence[BoxMask], readers: Sequence[int], consensus: float) -> BoxMask | None:
-    """Voxels that at least the share ``consensus`` of the readers who drew the nodule include (thesis, Sec 4.1).
+    """Voxels that at least the share ``consensus`` of the readers who drew the nodule include (Sec 4.1).
 
     Exactly that share is enough: drawn by two readers, a voxel of either one is kept at 0.5.
     """
@@ -252,9 +251,9 @@ def join_nodules(
         consensus: share of the readers who drew a nodule that has to include a voxel.
 
     Returns:
-        Nodules in order of (first slice, row, column), and counts: marks under 3 mm and marks for non-nodules (each
-        per reader), nodules whose features no reader rated validly, outlines that enclose nothing and outlines in
-        slices that are not there.
+        Nodules in order of (first slice, row, column), and counts: marks under 3 mm and marks for non-nodules
+        (each per reader), nodules whose features no reader rated validly, outlines that enclose nothing and
+        outlines in slices that are not there.
     """
     found: list[tuple[NoduleReading, BoxMask, int]] = []
     small = empty = outside = 0
@@ -302,7 +301,7 @@ def _slices_of(
 
 
 def _median_ratings(found: Sequence[tuple[NoduleReading, BoxMask, int]]) -> dict[str, int]:
-    """``median_high`` per feature over readers; of a reader's several pieces the largest one's ratings count."""
+    """``median_high`` per feature over readers; of a reader's pieces the largest one's ratings count."""
     largest: dict[int, NoduleReading] = {}
     for nodule, _, reader in sorted(found, key=lambda f: int(f[1].voxels.sum())):
         largest[reader] = nodule
@@ -327,8 +326,8 @@ def nodules_on_slice(
 ) -> tuple[np.ndarray, list[dict[str, object]]]:
     """Label image and table of the nodules of one slice.
 
-    A nodule with fewer than ``min_area`` pixels there is neither drawn nor listed, so that map and table agree. Where
-    two nodules meet, the one that more readers drew keeps the pixel.
+    A nodule with fewer than ``min_area`` pixels there is neither drawn nor listed, so that map and table
+    agree. Where two nodules meet, the one that more readers drew keeps the pixel.
 
     Args:
         nodules: nodules of the scan; ``nodule_id`` is the place in it, from 1.
@@ -337,8 +336,9 @@ def nodules_on_slice(
         min_area: pixels.
 
     Returns:
-        uint8 image with 0 or the nodule's semantic label (5, 6, 7), and one row per nodule: id, centre and bounding box
-        (half-open) in pixels, area, readers, label, binary malignancy (over 2) and all nine ratings.
+        uint8 image with 0 or the nodule's semantic label (5, 6, 7), and one row per nodule: id, centre and
+        bounding box (half-open) in pixels, area, readers, label, binary malignancy (over 2) and all nine
+        ratings.
     """
     owner = np.zeros(shape, np.int32)
     for i in sorted(range(len(nodules)), key=lambda i: (nodules[i].num_readers, -i)):

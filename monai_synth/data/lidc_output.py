@@ -29,7 +29,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that must not be replaced.
 
     Raises:
-        UserError: it exists and ``overwrite`` is not set, is no folder, or holds anything but a prepared dataset.
+        UserError: it exists and ``overwrite`` is not set, is no folder, or holds anything but a prepared
+        dataset.
     """
     if not (out.exists() or out.is_symlink()):
         return
@@ -57,14 +58,15 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Write into a folder beside ``out`` that takes its place when the block ends well.
 
-    After an error or Ctrl-C nothing is left. After a kill the folder :func:`partial_folder` is left, and the next run
-    into the same ``out`` removes it. A lock keeps two runs apart.
+    After an error or Ctrl-C nothing is left. After a kill the folder :func:`partial_folder` is left, and the
+    next run into the same ``out`` removes it. A lock keeps two runs apart.
 
     Yields:
         Folder to write into.
 
     Raises:
-        UserError: see :func:`check_output`; another run is writing the same folder; the place cannot be written to.
+        UserError: see :func:`check_output`; another run is writing the same folder; the place cannot be
+        written to.
     """
     check_output(out, overwrite=overwrite)
     partial = partial_folder(out)

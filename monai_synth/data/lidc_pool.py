@@ -56,8 +56,8 @@ def map_unordered(function: Callable[[Any], Any], items: Sequence[Any], num_work
                 yield future.result()
         except BrokenProcessPool as error:
             msg = (
-                f"one of {num} worker processes ended at once: out of memory, killed, or started from a script without "
-                "`if __name__ == '__main__':`. Use fewer workers (--num_workers 1) or mend the script"
+                f"one of {num} worker processes ended at once: out of memory, killed, or started from a "
+                "script without `if __name__ == '__main__':`. Use --num_workers 1 or mend the script"
             )
             raise UserError(msg) from error
         finally:

@@ -47,7 +47,7 @@ class ScanResult:
 
 
 def evenly(num: int, wanted: int) -> list[int]:
-    """``wanted`` of ``num`` places at uniform spacing, in the middle of equal parts; all where fewer are there."""
+    """``wanted`` of ``num`` places at uniform spacing, each in the middle of an equal part."""
     wanted = min(num, wanted)
     return [int((i + 0.5) * num / wanted) for i in range(wanted)]
 
@@ -55,9 +55,10 @@ def evenly(num: int, wanted: int) -> list[int]:
 def select_slices(areas: np.ndarray, slice_fraction: float, min_area: int) -> list[int]:
     """Slices of a scan that go into the dataset (LSDM thesis, Sec 4.1).
 
-    The quota is the fraction of all slices, rounded, at least one. Slices with a nodule of ``min_area`` pixels or more
-    come first, thinned evenly where they exceed the quota; slices without any nodule pixel fill it up at uniform
-    spacing. Slices where every nodule is smaller than that are neither and are not taken.
+    The quota is the fraction of all slices, rounded, at least one. Slices with a nodule of ``min_area``
+    pixels or more come first, thinned evenly where they exceed the quota; slices without any nodule pixel
+    fill it up at uniform spacing. Slices where every nodule is smaller than that are neither and are not
+    taken.
 
     Args:
         areas: pixels of each nodule in each slice, shape (num_nodules, num_slices).

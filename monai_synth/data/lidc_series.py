@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CT series from a folder of DICOM files, whatever its nesting and file names.
 
-Files are known by their content. Every fault of a file or a series becomes a :class:`Problem` with one message, so that
-a folder can be reported in full before anything is written.
+Files are known by their content. Every fault of a file or a series becomes a :class:`Problem` with one
+message, so that a folder can be reported in full before anything is written.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _HEADER_TAGS = [
     ),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "Rows", "Columns"),
     *("PhotometricInterpretation", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated"),
+    *("RescaleSlope", "RescaleIntercept"),
+]
+_NEEDED_TAGS = [
+    *("Rows", "Columns", "BitsAllocated", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
     *("RescaleSlope", "RescaleIntercept"),
 ]
 _MEND = "copy it again from its source, or leave its series out (skip_bad)"
@@ -180,29 +184,21 @@ def _geometry(header: pydicom.Dataset) -> dict[str, tuple[float, ...]]:
 
 
 def _pixel_problem(path: str, header: pydicom.Dataset, left: int) -> Problem | None:
-    """Why the pixels of a CT header cannot be used; ``left`` is the number of bytes from the pixel data on."""
+    """Why the pixels of a CT file cannot be used; ``left`` is the number of bytes from the pixel data on."""
     syntax = header.file_meta.get("TransferSyntaxUID") if hasattr(header, "file_meta") else None
     if left < 8 and not (syntax and syntax.is_deflated):
         return Problem("no_pixel_data", f"{path}: has no pixel data, or ends before it; {_MEND}")
-    needed = (
-        "Rows",
-        "Columns",
-        "BitsAllocated",
-        "PixelSpacing",
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-    )
-    missing = [t for t in (*needed, "RescaleSlope", "RescaleIntercept") if header.get(t) in (None, "")]
-    if missing:
-        return Problem("incomplete_header", f"{path}: the CT header has no {', no '.join(missing)}; {_MEND}")
     frames, samples = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
     if frames != 1 or samples != 1:
         got = f"{frames} frames and {samples} samples per pixel"
         mend = "convert it to classic CT images (one frame, grey) or leave its series out (skip_bad)"
         return Problem("not_single_grey_frame", f"{path}: has {got}, one of each is allowed; {mend}")
+    missing = [t for t in _NEEDED_TAGS if header.get(t) in (None, "")]
+    if missing:
+        return Problem("incomplete_header", f"{path}: the CT header has no {', no '.join(missing)}; {_MEND}")
     photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
     if photometric != "MONOCHROME2":
-        mend = "it leaves open whether the values are HU, so convert it to MONOCHROME2 or leave its series out (skip_bad)"
+        mend = "its values may not be HU, so convert it to MONOCHROME2 or leave its series out (skip_bad)"
         return Problem("photometric", f"{path}: is {photometric}, MONOCHROME2 is allowed; {mend}")
     if syntax is not None and syntax.is_compressed and not syntax.is_deflated:
         try:
@@ -210,10 +206,9 @@ def _pixel_problem(path: str, header: pydicom.Dataset, left: int) -> Problem | N
         except NotImplementedError:
             available = False
         if not available:
-            mend = "install a decoder: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg (or python-gdcm)"
-            return Problem(
-                "no_decoder", f"{path}: is compressed as {syntax.name}, which cannot be decoded here; {mend}"
-            )
+            mend = "install one: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg (or python-gdcm)"
+            msg = f"{path}: is compressed as {syntax.name}, and no decoder for that is installed; {mend}"
+            return Problem("no_decoder", msg)
     elif syntax is None or not syntax.is_deflated:
         expected = int(header.Rows) * int(header.Columns) * (int(header.BitsAllocated) // 8)
         if left < expected + 8:
@@ -237,7 +232,7 @@ def slice_thickness(files: Sequence[SliceFile]) -> float | None:
 
 
 def is_axial(files: Sequence[SliceFile]) -> bool:
-    """Whether the slices lie within about 35 degrees of the axial plane (gantry tilt is, a reformat is not)."""
+    """Whether the slices lie within about 35 degrees of the axial plane; with gantry tilt they do."""
     return all(abs(_normal(f)[2]) > 0.8 for f in files)
 
 

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """LIDC annotation files (XML) as plain frozen records.
 
-Two kinds of file are published under one name: ``LidcReadMessage`` reads a CT series, ``IdriReadMessage`` a chest
-radiograph. Only the first holds contours in CT slices; of the second nothing but the kind is read.
+Two kinds of file are published under one name: ``LidcReadMessage`` reads a CT series, ``IdriReadMessage`` a
+chest radiograph. Only the first holds contours in CT slices; of the second nothing but the kind is read.
 
 What the published files are like, and what is decided here:
 
-* A nodule of 3 mm or more has contours and nine ratings. A smaller one has a single ROI with a single point and no
-  ratings; some files write an empty ``characteristics`` element for it, one writes nine zeros. So the number of points
-  decides, not the presence of ratings.
-* Ratings outside their scale (0, or an internal structure of 5) are slips of the reading tool and read as absent; the
-  other readers' ratings of that nodule still count.
+* A nodule of 3 mm or more has contours and nine ratings. A smaller one has a single ROI with a single point
+  and no ratings; some files write an empty ``characteristics`` element for it, one writes nine zeros. So the
+  number of points decides, not the presence of ratings.
+* Ratings outside their scale (0, or an internal structure of 5) are slips of the reading tool and read as
+  absent; the other readers' ratings of that nodule still count.
 * A nodule has several ROIs in one slice where it is drawn in pieces or has a hole (``inclusion`` is FALSE).
-* Contours are not always closed and their points not always neighbours; they are read as they stand, in order, without
-  a repeated last point.
+* Contours are not always closed and their points not always neighbours; they are read as they stand, in
+  order, without a repeated last point.
 * Reader names are removed from public files, so readings are told apart by the order of the sessions.
 """
 
@@ -126,15 +126,16 @@ def parse_lidc_xml(content: bytes, name: str = "<memory>") -> LidcReading:
         name: what to call it in messages.
 
     Raises:
-        UserError: malformed XML, a document type or entity declaration, a CT reading without SeriesInstanceUid, or an
-            outline without position or with coordinates that are no whole numbers.
+        UserError: malformed XML, a document type or entity declaration, a CT reading without
+            SeriesInstanceUid, or an outline without position or with coordinates that are no whole numbers.
     """
-    # Other encodings than UTF-8 could hide a declaration from the search below, so they are turned into it first.
+    # Other encodings than UTF-8 could hide a declaration from the search below, so they are turned into it
+    # first.
     content = _as_utf8(content, name)
     if _FORBIDDEN.search(content):
         msg = (
-            f"{name}: has a DOCTYPE or ENTITY declaration; LIDC annotation files have none, and entities are refused "
-            "because they can read other files. Delete the declaration or take the file from its publisher again"
+            f"{name}: has a DOCTYPE or ENTITY declaration; LIDC annotation files have none. It is refused "
+            "because entities can read other files; delete it or take the published file again"
         )
         raise UserError(msg)
     try:
@@ -151,7 +152,7 @@ def parse_lidc_xml(content: bytes, name: str = "<memory>") -> LidcReading:
         return LidcReading(kind, "", ())
     series_uid = _text(root, "ResponseHeader/SeriesInstanceUid")
     if not series_uid:
-        msg = f"{name}: has no ResponseHeader/SeriesInstanceUid, so its series is not known; add it or leave it out"
+        msg = f"{name}: has no ResponseHeader/SeriesInstanceUid, so its series is unknown; add it"
         raise UserError(msg)
     sessions = tuple(
         ReadingSession(
