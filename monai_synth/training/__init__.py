@@ -1,1 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Trainers, prepare-batch classes, datasets of latents and handlers; the names here are what configs use."""
+
+from monai_synth.training.autoencoder import AutoencoderTrainer, Reconstruction
+from monai_synth.training.classifier import ConvergenceReport, classifier_loss, is_classification
+from monai_synth.training.handlers import (
+    EpochSeed,
+    MLflowRun,
+    StageCheckpoint,
+    TrainingProgress,
+    run_training,
+)
+from monai_synth.training.latents import LatentCache, LatentDataset, NoduleCropDataset
+from monai_synth.training.optim import PerceptualLoss, lr_decay, perceptual_loss
+from monai_synth.training.pictures import ValidationRecord
+from monai_synth.training.prepare_batch import (
+    ExpandChannels,
+    LatentDiffusionPrepareBatch,
+    NoisyCropPrepareBatch,
+)
+
+__all__ = [
+    "AutoencoderTrainer",
+    "ConvergenceReport",
+    "EpochSeed",
+    "ExpandChannels",
+    "LatentCache",
+    "LatentDataset",
+    "LatentDiffusionPrepareBatch",
+    "MLflowRun",
+    "NoduleCropDataset",
+    "NoisyCropPrepareBatch",
+    "PerceptualLoss",
+    "Reconstruction",
+    "StageCheckpoint",
+    "TrainingProgress",
+    "ValidationRecord",
+    "classifier_loss",
+    "is_classification",
+    "lr_decay",
+    "perceptual_loss",
+    "run_training",
+]

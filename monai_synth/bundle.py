@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the JSON configs of the bundles call: places, presets, processes, data and stages.
+
+The stock runner evaluates the configs; each function here is one decision that a config line names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from monai.bundle import ConfigWorkflow
+from torch import nn
+
+from monai_synth.checkpoint import (
+    build_network,
+    load_file,
+    require_agreement,
+    restore_network,
+    sha256_of,
+    trained_file,
+)
+from monai_synth.data.datalist import read_dataset
+from monai_synth.errors import UserError
+from monai_synth.networks.latent_codec import LatentCodec
+
+__all__ = [
+    "begin", "build_network", "bundle_root", "by_factor", "default_ckpt_dir", "default_device", "default_preset", "end",
+    "ensure_dataset", "ensure_stages", "is_main", "latest_run", "load_codec", "load_file", "num_processes", "parallel",
+    "process_rank", "read_dataset", "remember_run", "restore_network", "sampling_ckpt_dir", "select_preset",
+    "sha256_of", "trained_file", "use_amp",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest.json"
+
+
+# Places
+
+
+def bundle_root(name: str) -> str:
+    """Absolute folder of the bundle whose config is being run.
+
+    The innermost running ``ConfigWorkflow`` knows its config folder. Where there is none (MONAI's verification
+    commands parse a config without a workflow) the bundle is looked for at the working directory.
+
+    Args:
+        name: the bundle's name, to find ``bundles/<name>`` from the repository root.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        workflow = frame.f_locals.get("self")
+        if isinstance(workflow, ConfigWorkflow) and getattr(workflow, "config_root_path", None) is not None:
+            return str(Path(workflow.config_root_path).absolute().parent)
+        frame = frame.f_back
+    for candidate in (Path("bundles") / name, Path(name), Path(".")):
+        if (candidate / "configs" / "metadata.json").is_file():
+            return str(candidate.absolute())
+    return str(Path.cwd())
+
+
+def default_ckpt_dir(root: str, dataset_dir: str, phantom_dir: str) -> str:
+    """``models`` for the built-in phantom, ``models/<folder name>`` for a dataset that the user gives."""
+    if _same(dataset_dir, phantom_dir):
+        return str(Path(root) / "models")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(dataset_dir).expanduser().absolute().name) or "dataset"
+    return str(Path(root) / "models" / name)
+
+
+def _same(a: str | Path, b: str | Path) -> bool:
+    return Path(a).expanduser().absolute() == Path(b).expanduser().absolute()
+
+
+def remember_run(root: str, ckpt_dir: str, dataset_dir: str) -> None:
+    """Note the last finished training, so that sampling without further arguments takes it."""
+    if not is_main():
+        return
+    path = Path(root) / "models" / LATEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{LATEST}.{os.getpid()}.part")
+    content = {"ckpt_dir": str(Path(ckpt_dir).absolute()), "dataset_dir": str(Path(dataset_dir).absolute())}
+    partial.write_text(json.dumps(content, indent=4) + "\n")
+    os.replace(partial, path)
+
+
+def latest_run(root: str, phantom_dir: str) -> dict[str, str]:
+    """``ckpt_dir`` and ``dataset_dir`` of the last finished training of this bundle; the phantom's without one."""
+    default = {"ckpt_dir": str(Path(root) / "models"), "dataset_dir": str(phantom_dir)}
+    try:
+        content = json.loads((Path(root) / "models" / LATEST).read_text())
+        found = {key: str(content[key]) for key in default}
+    except (OSError, ValueError, KeyError, TypeError):
+        return default
+    return found if Path(found["ckpt_dir"]).is_dir() else default
+
+
+def sampling_ckpt_dir(root: str, dataset_dir: str, phantom_dir: str, latest: Mapping[str, str]) -> str:
+    """Where the trained files for maps of ``dataset_dir`` lie."""
+    if _same(dataset_dir, latest["dataset_dir"]):
+        return latest["ckpt_dir"]
+    return default_ckpt_dir(root, dataset_dir, phantom_dir)
+
+
+# Presets
+
+
+def default_preset(dataset_dir: str, phantom_dir: str) -> str:
+    """``demo`` on the built-in phantom, ``paper`` on a dataset that the user gives."""
+    return "demo" if _same(dataset_dir, phantom_dir) else "paper"
+
+
+def select_preset(presets: Mapping[str, Mapping[str, Any]], preset: str) -> Mapping[str, Any]:
+    """Numbers of a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if preset not in presets:
+        raise UserError(f"unknown preset {preset!r}; give --preset {' or --preset '.join(presets)}")
+    return presets[preset]
+
+
+def by_factor(table: Mapping[str, Any], factor: int) -> Any:
+    """Entry of a table that is keyed by the downsampling factor f.
+
+    Raises:
+        UserError: the table has no such factor.
+    """
+    if str(factor) not in table:
+        raise UserError(f"autoencoder factor {factor!r} is not supported; give --factor {', '.join(table)}")
+    return table[str(factor)]
+
+
+# Processes
+
+
+def default_device() -> str:
+    """This process's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return "cpu"
+
+
+def begin(*, seed: int, device: str, distributed: bool = False) -> None:
+    """First line of every config: one message per user error, process group, device and seed.
+
+    Raises:
+        UserError: the device is not there, or torchrun and ``distributed`` do not go together.
+    """
+    sys.excepthook = _print_user_errors
+    try:
+        target = torch.device(device)
+        torch.zeros(1, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
+        raise UserError(f"device {device!r} cannot be used ({reason}); allowed here: {there}; give --device") from error
+    num = int(os.environ.get("WORLD_SIZE", "1"))
+    if distributed and "WORLD_SIZE" not in os.environ:
+        msg = "multi_gpu_train.json is started without torchrun; give `torchrun --nproc_per_node=N -m monai.bundle run ...`"
+        raise UserError(msg)
+    if num > 1 and not distributed:
+        msg = f"torchrun started {num} processes, but the config is for one; add configs/multi_gpu_train.json to --config_file"
+        raise UserError(msg)
+    if distributed and not dist.is_initialized():
+        backend = "nccl" if target.type == "cuda" else "gloo"
+        # other ranks wait for rank 0 while it prepares data and encodes latents
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    torch.manual_seed(int(seed))
+
+
+def end() -> None:
+    """Last line of every config: leave the process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def process_rank() -> int:
+    """Rank of this process, 0 when it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and logs."""
+    return process_rank() == 0
+
+
+def parallel(network: nn.Module, device: str) -> nn.Module:
+    """Network on the device, wrapped for distributed training when several processes train."""
+    network = network.to(device)
+    if num_processes() == 1:
+        return network
+    ids = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+
+def use_amp(amp: bool, device: str) -> bool:
+    """Mixed precision is for GPUs; a CPU computes in float32 whatever is asked."""
+    return bool(amp) and torch.device(device).type == "cuda"
+
+
+def _print_user_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One message for what a user can mend; a traceback for everything else."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("monai_synth: interrupted; start the same command again to go on", file=sys.stderr)
+        return
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError) and not os.environ.get("MONAI_SYNTH_TRACEBACK"):
+            print(f"monai_synth: error: {cause}", file=sys.stderr)
+            return
+        cause = cause.__cause__ or cause.__context__
+    traceback.print_exception(kind, error, trace)
+
+
+# Data and stages
+
+
+def ensure_dataset(dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str) -> None:
+    """Check the dataset; make the built-in phantom where none was given, through the import that real LIDC takes.
+
+    Raises:
+        UserError: see ``monai_synth.data.datalist.read_dataset``.
+    """
+    main = is_main()
+    if _same(dataset_dir, phantom_dir):
+        if main:
+            logger.warning(
+                "NO dataset_dir WAS GIVEN: the built-in thorax phantom is used, which is computed, not measured. "
+                "Give --dataset_dir FOLDER (written by `monai-synth prepare lidc SRC FOLDER`) for real data."
+            )
+            if not (Path(phantom_dir) / "dataset.json").is_file():
+                _make_phantom(Path(phantom_dir), phantom)
+    elif main and preset == "paper" and torch.device(device).type == "cpu":
+        logger.warning("preset 'paper' on a CPU takes weeks; give --preset demo for a small model")
+    if num_processes() > 1:
+        dist.barrier()
+    dataset = read_dataset(dataset_dir, task="lidc")
+    if main:
+        sizes = ", ".join(f"{len(dataset.content.get(s, []))} {s}" for s in ("training", "validation", "test"))
+        logger.info(f"dataset {dataset.name} at {dataset.root}: {sizes} slices; preset {preset}")
+
+
+def _make_phantom(folder: Path, phantom: Mapping[str, Any]) -> None:
+    from monai_synth.data.lidc import prepare_lidc
+    from monai_synth.data.phantom import write_phantom
+
+    source = folder.with_name(f"{folder.name}_dicom")
+    if not source.is_dir():
+        write_phantom(source, **phantom["scans"])
+    prepare_lidc(source, folder, **phantom["import"])
+
+
+def ensure_stages(
+    stages: Sequence[Mapping[str, Any]], *, ckpt_dir: str, contract: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Run the stages whose trained file is missing; say which ones are there and reused.
+
+    Args:
+        stages: ``{"file", "config", "overrides"}`` each; configs of the innermost running bundle.
+        ckpt_dir: where the trained files lie.
+        contract: what a trained file that is there must agree with.
+        overrides: config values that every stage gets.
+
+    Raises:
+        UserError: a trained file does not fit the dataset or the sizes of this run.
+    """
+    for stage in stages:
+        path = Path(ckpt_dir) / stage["file"]
+        if path.is_file():
+            there = load_file(path)["contract"]
+            remedy = f"Give another --ckpt_dir, or delete {path} to train it again."
+            require_agreement({k: there.get(k) for k in contract}, contract, f"trained file {path}", remedy)
+            if is_main():
+                logger.info(f"stage {path.stem}: reusing {path}")
+            continue
+        if is_main():
+            logger.info(f"stage {path.stem}: {path} is missing, training it with {Path(stage['config']).name}")
+        values = {k: v for k, v in {**overrides, **stage["overrides"]}.items() if v is not None}
+        workflow = ConfigWorkflow(stage["config"], workflow_type="train", run_id="training", **values)
+        workflow.initialize()
+        workflow.run()
+        # no finalize: the process group, if any, belongs to the run that is under way
+
+
+def load_codec(ckpt_dir: str, *, device: str = "cpu", scale_factor: float = 1.0) -> LatentCodec:
+    """The trained autoencoder of ``ckpt_dir`` with its conventions."""
+    path = Path(ckpt_dir) / "autoencoder.pt"
+    content = load_file(path, stage="autoencoder")
+    contract = content["contract"]
+    codec = LatentCodec(
+        restore_network(content, path),
+        image_channels=contract["image_channels"],
+        factor=contract["factor"],
+        num_labels=contract["num_labels"],
+        scale_factor=scale_factor,
+    )
+    return codec.to(device)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained files: what is in them, how they are written and what is checked before they are used.
+
+A trained file holds the weights with everything that sampling must agree with: the architecture's name and
+arguments and a *contract* (sizes, value range, schedule, scale factor, labels, data fingerprint, hash of the
+autoencoder). It is loaded with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from monai_synth import __version__
+from monai_synth.errors import UserError
+
+FORMAT = "monai_synth/1"
+NETWORK_PACKAGES = ("monai_synth.networks", "monai.networks.nets")
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def build_network(arch: Mapping[str, Any]) -> nn.Module:
+    """Network of ``{"target": dotted name, "args": {...}}``.
+
+    Raises:
+        UserError: the name is not a network of this package or of MONAI, or the arguments do not fit it.
+    """
+    package, _, name = str(arch["target"]).rpartition(".")
+    if not package.startswith(NETWORK_PACKAGES):
+        raise UserError(f"network {arch['target']!r} is not in {' or '.join(NETWORK_PACKAGES)}; give one that is")
+    try:
+        network_class = getattr(importlib.import_module(package), name)
+        return network_class(**arch["args"])
+    except UserError:
+        raise
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"cannot build network {arch['target']} with {dict(arch['args'])}: {error}") from error
+
+
+def save_atomic(content: Mapping[str, Any], path: str | Path) -> None:
+    """``torch.save`` that leaves either the whole file or the one that was there before.
+
+    Raises:
+        UserError: the file cannot be written (disk full, folder read-only).
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as RuntimeError
+        msg = f"cannot write {path} ({error}); free some space or give another --ckpt_dir, then start again to resume"
+        raise UserError(msg) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def load_file(path: str | Path, *, stage: str | None = None, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a file written by :func:`save_atomic`.
+
+    Args:
+        path: the file.
+        stage: refuse a file of another stage (``autoencoder``, ``classifier``, ``diffusion``).
+        map_location: see ``torch.load``.
+
+    Raises:
+        UserError: missing, truncated, not of this package, or of another stage.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+        msg = (
+            f"there is no trained file {path} (found there: {', '.join(found) or 'nothing'}); "
+            "train it first, or give the folder that holds it as --ckpt_dir"
+        )
+        raise UserError(msg)
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises several kinds for a damaged or foreign file
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        msg = f"{path} cannot be read ({reason}): it is truncated or no checkpoint; delete it and train it again"
+        raise UserError(msg) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        msg = f"{path} is not a {FORMAT} file (format {content.get('format') if isinstance(content, dict) else None!r})"
+        raise UserError(msg + "; give a file that a training of this package wrote")
+    if stage is not None and content["stage"] != stage:
+        raise UserError(f"{path} holds the stage {content['stage']!r}, needed is {stage!r}; give the right file")
+    return content
+
+
+def trained_file(
+    stage: str, network: nn.Module, arch: Mapping[str, Any], contract: Mapping[str, Any], **extra: Any
+) -> dict[str, Any]:
+    """Content of a trained file."""
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "stage": stage,
+        "arch": dict(arch),
+        "contract": dict(contract),
+        "state_dict": {k: v.detach().cpu() for k, v in network.state_dict().items()},
+        **extra,
+    }
+
+
+def restore_network(content: Mapping[str, Any], path: str | Path = "checkpoint") -> nn.Module:
+    """Network of a trained file with its weights, in evaluation mode.
+
+    Raises:
+        UserError: the weights do not fit the architecture that the file names.
+    """
+    network = build_network(content["arch"])
+    try:
+        network.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        msg = f"the weights in {path} do not fit {content['arch']['target']} with its arguments ({first}); train it again"
+        raise UserError(msg) from error
+    return network.eval()
+
+
+def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
+    """Leaves in which two nested values differ, as ``name: got ..., expected ...``."""
+    if isinstance(got, Mapping) and isinstance(expected, Mapping):
+        keys = [*expected, *(k for k in got if k not in expected)]
+        return [d for k in keys for d in differences(got.get(k), expected.get(k), f"{prefix}.{k}" if prefix else str(k))]
+    got = list(got) if isinstance(got, tuple) else got
+    expected = list(expected) if isinstance(expected, tuple) else expected
+    if isinstance(got, float) and isinstance(expected, float) and abs(got - expected) <= 1e-6 * abs(expected):
+        return []
+    return [] if got == expected else [f"{prefix}: {got!r} there, {expected!r} here"]
+
+
+def require_agreement(got: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Refuse to combine what was made with different settings.
+
+    Raises:
+        UserError: names every value that differs, both ways.
+    """
+    found = differences(got, expected)
+    if found:
+        raise UserError(f"{what} does not agree: {'; '.join(found[:6])}. {remedy}")

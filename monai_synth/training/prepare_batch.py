@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a MONAI trainer or evaluator feeds to a diffusion network or to a noisy classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.engines import PrepareBatch
+
+from monai_synth.diffusion import add_noise, alphas_cumprod
+from monai_synth.networks.latent_codec import LatentCodec
+
+
+class _NoisyPrepareBatch(PrepareBatch):
+    """Draws t and eps; with ``seed`` the draws depend on the item's index alone, so that validation is repeatable.
+
+    Args:
+        schedule: the noise schedule (see ``monai_synth.diffusion``).
+        seed: None draws from torch's global generator (training); a number fixes every item's t and eps.
+    """
+
+    def __init__(self, schedule: Mapping[str, Any], *, seed: int | None = None) -> None:
+        self.schedule = dict(schedule)
+        self.alphas_cumprod = alphas_cumprod(schedule)
+        self.num_train_timesteps = len(self.alphas_cumprod)
+        self.seed = seed
+
+    def draw(self, shape: torch.Size, index: torch.Tensor, num_noises: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Timesteps (B,) and ``num_noises`` noises of ``shape``, on the CPU so that devices agree."""
+        if self.seed is None:
+            t = torch.randint(0, self.num_train_timesteps, (shape[0],))
+            return t, [torch.randn(shape) for _ in range(num_noises)]
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + int(i)) for i in index]
+        t = torch.cat([torch.randint(0, self.num_train_timesteps, (1,), generator=g) for g in generators])
+        return t, [torch.stack([torch.randn(shape[1:], generator=g) for g in generators]) for _ in range(num_noises)]
+
+
+class ExpandChannels(PrepareBatch):
+    """Image -> (image, image) with the channels that the autoencoder takes."""
+
+    def __init__(self, image_channels: int) -> None:
+        self.image_channels = image_channels
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        image = batchdata["image"].to(device, non_blocking=non_blocking)
+        image = image.expand(-1, self.image_channels, *image.shape[2:])
+        return image, image
+
+
+class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
+    """Cached latents -> (Concat(z_t, E(m)), eps, (), {timesteps, seg}) (thesis Eq 3.1, Eq 3.3, Alg 1).
+
+    The batch holds ``mean``, ``std`` and ``cond`` (B, c, h, w) unscaled, ``seg`` (B, K, h, w), ``index`` (B,).
+
+    Args:
+        schedule: noise schedule.
+        scale_factor: multiplies latents and E(m).
+        seed: see :class:`_NoisyPrepareBatch`.
+    """
+
+    def __init__(self, schedule: Mapping[str, Any], *, scale_factor: float, seed: int | None = None) -> None:
+        super().__init__(schedule, seed=seed)
+        self.scale_factor = float(scale_factor)
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, torch.Tensor]]:
+        mean, std, cond, seg = (
+            batchdata[k].to(device, non_blocking=non_blocking) for k in ("mean", "std", "cond", "seg")
+        )
+        t, noises = self.draw(mean.shape, batchdata["index"], 2)
+        t = t.to(device)
+        posterior, eps = (n.to(device, mean.dtype) for n in noises)
+        z_0 = (mean + std * posterior) * self.scale_factor
+        z_t = add_noise(self.alphas_cumprod, z_0, eps, t)
+        inputs = torch.cat([z_t, cond * self.scale_factor], dim=1)
+        return inputs, eps, (), {"timesteps": t, "seg": seg}
+
+
+class NoisyCropPrepareBatch(_NoisyPrepareBatch):
+    """Latent crops at nodules -> (D(z_t), target, (), {timesteps}) for a noisy classifier (thesis Sec 3.4, Fig 3.4).
+
+    The batch holds ``mean``, ``std`` (B, c, k, k) unscaled, ``target`` (B,), ``index`` (B,).
+
+    Args:
+        schedule: noise schedule, the same as the diffusion model's.
+        codec: frozen decoder with the scale factor.
+        classification: targets are class numbers (long) rather than ratings (float, (B, 1)).
+        seed: see :class:`_NoisyPrepareBatch`.
+    """
+
+    def __init__(
+        self, schedule: Mapping[str, Any], *, codec: LatentCodec, classification: bool, seed: int | None = None
+    ) -> None:
+        super().__init__(schedule, seed=seed)
+        self.codec = codec
+        self.classification = classification
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, torch.Tensor]]:
+        mean, std = (batchdata[k].to(device, non_blocking=non_blocking) for k in ("mean", "std"))
+        target = batchdata["target"].to(device)
+        t, noises = self.draw(mean.shape, batchdata["index"], 2)
+        t = t.to(device)
+        posterior, eps = (n.to(device, mean.dtype) for n in noises)
+        z_0 = (mean + std * posterior) * self.codec.scale_factor
+        x_t = self.codec.decode(add_noise(self.alphas_cumprod, z_0, eps, t))
+        target = target.long() if self.classification else target.float()[:, None]
+        return x_t, target, (), {"timesteps": t}
