@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic thorax CT with readers' outlines, written as LIDC-IDRI is published.
 
-A first run needs no download: the phantom goes through exactly the import that real LIDC goes through. Every patient
-depends on the seed and its number alone.
+A first run needs no download: the phantom goes through exactly the import that real LIDC goes through.
+Every patient depends on the seed and its number alone.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import shutil
-import socket
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +15,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from tqdm import tqdm
 
+from monai_synth.data.lidc_output import whole_folder
+from monai_synth.data.lidc_pool import map_unordered
 from monai_synth.data.phantom_anatomy import Habitus, build_thorax
 from monai_synth.data.phantom_dicom import PADDING, RESCALE_INTERCEPT, lidc_xml, write_series
 from monai_synth.data.phantom_nodules import (
@@ -47,6 +44,17 @@ from monai_synth.errors import UserError
 
 PADDING_HU = PADDING + RESCALE_INTERCEPT
 _LOWEST_MM, _HIGHEST_MM = -118.0, 92.0  # the slab lies between the domes' sides and the apices
+_BRONCHI = [  # ends in mm, radii
+    ((-34, 13, -22), (-44, 17, -48), 4.2, 3.0),
+    ((-44, 17, -48), (-60, 30, -85), 3.0, 1.6),
+    ((-44, 17, -48), (-62, -12, -66), 2.6, 1.4),
+    ((-34, 13, -20), (-52, 4, -2), 3.4, 2.2),
+    ((-52, 4, -2), (-62, 8, 34), 2.2, 1.2),
+    ((40, 17, -28), (48, 22, -50), 4.0, 2.8),
+    ((48, 22, -50), (64, 34, -85), 2.8, 1.5),
+    ((40, 17, -26), (56, 4, -14), 3.2, 2.0),
+    ((56, 4, -14), (62, -4, 30), 2.0, 1.2),
+]
 _LIMITS = {"num_patients": (1, 9999), "num_slices": (4, 80), "matrix": (64, 1024)}
 
 
@@ -96,7 +104,9 @@ def phantom_patient(seed: int, index: int, *, num_slices: int = 24, matrix: int 
     level = (index * 0.618034 + rng.uniform(-0.08, 0.08)) % 1.0
     top = _HIGHEST_MM - room * level
     shift = (float(rng.normal(0, 4)), float(rng.normal(-6, 3)))
-    grid = Grid(num_slices, matrix, float(top), float(rng.normal(0, 0.03)), shift)
+    cell = matrix * 50 / FIELD_OF_VIEW_MM
+    bend = 1.8 * np.stack([smooth_noise(rng, (matrix, matrix), (cell, cell)) for _ in range(2)])
+    grid = Grid(num_slices, matrix, float(top), float(rng.normal(0, 0.03)), shift, bend)
     thorax = build_thorax(grid, who, rng)
 
     air = _parenchyma(grid, who, thorax.lung, rng)
@@ -129,7 +139,7 @@ def phantom_patient(seed: int, index: int, *, num_slices: int = 24, matrix: int 
 
 def _parenchyma(grid: Grid, who: Habitus, lung: Array, rng: np.random.Generator) -> Array:
     """Densities (D, H, W) of the lung: air and tissue, denser below, with branching arteries and veins."""
-    hu = rng.uniform(-880, -845) + 0.28 * grid.y + 9 * smooth_noise(rng, grid.shape, (3, 5, 5))
+    hu = rng.uniform(-880, -845) + 0.34 * grid.y + 9 * smooth_noise(rng, grid.shape, (3, 5, 5))
     hu = hu.astype(np.float32)
     vessel = np.zeros(grid.shape, dtype=np.float32)
     roots = {-1: [(-42, 10, -18), (-38, 14, -42)], 1: [(44, 16, -14), (38, 14, -42)]}
@@ -153,6 +163,11 @@ def _parenchyma(grid: Grid, who: Habitus, lung: Array, rng: np.random.Generator)
                     thin = min(1.0, 2.2 * (r_a + r_b) / 2 / grid.pixel_mm)
                     np.maximum(vessel[hit[0]], thin * soft(hit[1], grid.pixel_mm), out=vessel[hit[0]])
     blend(hu, 30 + 0.7 * (who.blood_hu - 40), vessel)
+    for wall, value in ((0.8, -220.0), (0.0, -960.0)):  # the larger bronchi beside the arteries
+        for a, b, r_a, r_b in _BRONCHI:
+            hit = capsule(grid, np.array(a), np.array(b), (r_a + wall, r_b + wall), grid.pixel_mm)
+            if hit is not None:
+                blend(hu[hit[0]], value, soft(hit[1], grid.pixel_mm))
     return hu
 
 
@@ -227,8 +242,9 @@ def _read(
                 readings[reader].append(reading)
 
     def voxel(position: Array) -> tuple[int, int, int]:
-        at = np.clip(np.rint(grid.voxel(position)), 0, np.array(grid.shape) - 1).astype(int)
-        return int(at[0]), int(at[1]), int(at[2])
+        nearest = np.argmin(np.hypot(grid.x - position[0], grid.y - position[1]))
+        row, col = np.unravel_index(nearest, grid.x.shape)
+        return int(np.argmin(np.abs(grid.z - position[2]))), int(row), int(col)
 
     for center, _ in dots:
         k, row, col = voxel(center)
@@ -283,7 +299,7 @@ def write_phantom(
         num_slices: slices of 2.5 mm per scan, 4 to 80.
         matrix: rows and columns of a slice, 64 to 1024, over a field of view of 330 mm.
         seed: a whole number from 0.
-        num_workers: processes; None takes one per processor core.
+        num_workers: processes; None takes as many as pay off.
         progress: whether to show a progress bar.
 
     Returns:
@@ -294,33 +310,19 @@ def write_phantom(
     """
     out = Path(out)
     _check(out, num_patients, num_slices, matrix, seed, num_workers)
-    workers = min(num_workers or os.cpu_count() or 1, num_patients)
-    part = out.parent / f".{out.name}.partial-{socket.gethostname()}-{os.getpid()}"
-    jobs = [(str(part), seed, index, num_slices, matrix) for index in range(1, num_patients + 1)]
+    if num_workers is None:
+        num_workers = min(
+            os.cpu_count() or 1, -(-num_patients // 4)
+        )  # a worker's start costs about two patients
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _drop_leftovers(out)
-        part.mkdir()
-        bar = tqdm(total=num_patients, desc="phantom", unit="patient", disable=not progress)
-        with bar:
-            if workers == 1:
-                for job in jobs:
-                    _write_patient(job)
-                    bar.update()
-            else:
-                # A forked worker starts at once; it runs numpy only, never the parent's torch threads.
-                context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-                with ProcessPoolExecutor(workers, mp_context=context) as pool:
-                    for _ in pool.map(_write_patient, jobs):
-                        bar.update()
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
+        with whole_folder(out, overwrite=False) as work:
+            jobs = [(str(work), seed, index, num_slices, matrix) for index in range(1, num_patients + 1)]
+            done = map_unordered(_write_patient, jobs, num_workers)
+            for _ in tqdm(done, total=num_patients, desc="phantom", unit="patient", disable=not progress):
+                pass
     except OSError as error:
-        msg = f"The phantom cannot be written to {out}: {error}. Free some space or choose a folder you may write to."
+        msg = f"phantom {out} cannot be written ({error}); free space or name a folder you may write to"
         raise UserError(msg) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -334,32 +336,11 @@ def _check(
     for name, value in given.items():
         low, high = limits[name]
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            msg = f"{name} must be a whole number from {low} to {high}, but is {value!r}. Give {name} in that range."
+            msg = f"{name} is {value!r}; give a whole number from {low} to {high}"
             raise UserError(msg)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        msg = f"{out} exists and is not an empty folder. Choose another folder or empty this one first."
+        msg = f"output {out} exists and is not an empty folder; name another folder or empty this one"
         raise UserError(msg)
-
-
-def _drop_leftovers(out: Path) -> None:
-    """Remove what runs on this machine left behind that were killed while they wrote to the same folder."""
-    stem = f".{out.name}.partial-{socket.gethostname()}-"
-    for old in out.parent.glob(f"{stem}*"):
-        pid = old.name.removeprefix(stem)
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _write_patient(job: tuple[str, int, int, int, int]) -> None:

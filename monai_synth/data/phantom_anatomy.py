@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The phantom's thorax without lesions: chest wall, bones, mediastinum, diaphragm and the shape of the lungs.
 
-The shapes are analytic, in millimetres, and vary from patient to patient. Levels follow the usual landmarks with the
-carina at z = 0: aortic arch at +25, lung apex at +105, dome of the diaphragm near -100.
+The shapes are analytic, in millimetres, and vary from patient to patient. Levels follow the usual landmarks
+with the carina at z = 0: aortic arch at +25, lung apex at +105, dome of the diaphragm near -100.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -30,7 +31,7 @@ from monai_synth.data.phantom_shapes import (
 AIR, FAT, SKIN = -1000.0, -100.0, 5.0
 FAR = 40.0  # distance in mm beyond which the mediastinum's shape does not matter
 
-# Level z and the half width, front depth and back depth of the thoracic cavity; then of the whole body. In mm.
+# Level z, then half width, front depth and back depth of the thoracic cavity and of the whole body, in mm.
 _LEVELS = np.array([-190, -120, -60, 0, 40, 70, 92, 112], dtype=float)
 _CAVITY = {
     "half": np.array([120, 119, 117, 111, 98, 78, 58, 34], dtype=float),
@@ -105,7 +106,7 @@ def _bump(phi: Array, center: float, width: float) -> Array:
 
 
 class _Wall:
-    """Radii of the layers of the chest wall over the angle from the back (0) over the side to the front (pi)."""
+    """Radii of the chest wall's layers over the angle from the back (0) by the side to the front (pi)."""
 
     def __init__(self, grid: Grid, who: Habitus) -> None:
         self.angle = np.arctan2(np.abs(grid.x), grid.y).astype(np.float32)
@@ -125,18 +126,21 @@ class _Wall:
         self.cavity = _superellipse(phi, profile(_CAVITY, "half"), self.front, self.back, 2.35)
         upper = 1 / (1 + np.exp(-(z + 15) / 14))[:, None]  # shoulder girdle grows in above the heart
         muscle = 5 + 6 * _bump(phi, 1.1, 0.5) + 13 * _bump(phi, 0.33, 0.22)
-        muscle = muscle + upper * (24 * _bump(phi, 0.85, 0.42) + 13 * _bump(phi, 2.45, 0.38))
+        girdle = 26 * _bump(phi, 0.9, 0.45) + 14 * _bump(phi, 2.4, 0.42) + 9 * _bump(phi, 1.55, 0.3)
+        muscle = muscle + upper * girdle
         skin = _superellipse(
             phi, profile(_BODY, "half"), profile(_BODY, "front"), profile(_BODY, "back"), 2.25
         )
         lower = np.exp(-(((z + 45) / 38) ** 2))[:, None]
         skin = (
             skin
-            + (who.fat_mm - 9)
-            + who.breast_mm * lower * _bump(phi, 2.25, 0.36)
-            - 3 * _bump(phi, 0.0, 0.12)
+            + (who.fat_mm - 8)
+            + who.breast_mm * lower * _bump(phi, 2.33, 0.24)
+            - 2 * _bump(phi, 0.0, 0.12)
         )
         self.skin = np.maximum(skin, self.cavity + 12 + 0.5 * muscle)
+        arms = 0.85 * (np.clip((z - 15) / 60, 0, 1))[:, None] * _bump(phi, 1.45, 0.85)
+        muscle = muscle + arms * np.maximum(self.skin - who.fat_mm - 5 - self.cavity - 11 - muscle, 0)
         self.muscle = np.minimum(self.cavity + 11 + muscle, self.skin - 4)
         self.tissue = self.cavity + 11  # outside of the ribs
 
@@ -160,7 +164,8 @@ def build_thorax(grid: Grid, who: Habitus, rng: np.random.Generator) -> Thorax:
     wall = _Wall(grid, who)
     hu = np.full(grid.shape, AIR, dtype=np.float32)
     lung = np.empty(grid.shape, dtype=np.float32)
-    marble = smooth_noise(rng, grid.shape, (4, 6, 6))
+    cell = 9.0 / grid.pixel_mm
+    marble = smooth_noise(rng, grid.shape, (4, max(1.0, cell), max(1.0, cell)))
     for k in range(grid.num_slices):
         _draw_wall(grid, who, wall, hu[k], marble[k], k)
     organs = np.full(grid.shape, FAR, dtype=np.float32)
@@ -179,16 +184,19 @@ def _draw_wall(grid: Grid, who: Habitus, wall: _Wall, hu: Array, marble: Array, 
     side = np.abs(x)
     skin = wall.radius - wall.at(wall.skin, k)
     # The couch: a thin shell curved around the back, and the mat on it.
-    couch = np.hypot(x, y + 330) - (330 + wall.skin[:, 0].max() + who.table_y)
-    blend(hu, -940.0, soft(np.abs(couch + 3) - 3, px) * (side < 118))
-    blend(hu, 60.0, soft(np.abs(couch - 7) - 0.8, px) * soft(side - 125, px))
-    blend(hu, -960.0, soft(np.abs(couch - 19) - 11, px) * soft(side - 118, px))
+    couch = np.hypot(grid.couch_x, grid.couch_y + 330) - (330 + wall.skin[:, 0].max() + who.table_y)
+    across = np.abs(grid.couch_x)
+    blend(hu, -940.0, soft(np.abs(couch + 3) - 3, px) * soft(across - 118, px))
+    blend(hu, 150.0, soft(np.abs(couch - 7) - 0.9, px) * soft(across - 125, px))
+    blend(hu, -960.0, soft(np.abs(couch - 19) - 11, px) * soft(across - 118, px))
 
     blend(hu, SKIN, soft(skin, px))
     blend(hu, FAT + 6 * marble, soft(skin + 2.0, px))
     outer, tissue, cavity = (wall.radius - wall.at(t, k) for t in (wall.muscle, wall.tissue, wall.cavity))
-    muscle = who.muscle_hu + 8 * marble
-    blend(hu, muscle, soft(outer, px))
+    blend(hu, who.muscle_hu + 8 * marble, soft(outer, px))
+    blend(hu, FAT + 30, 0.7 * soft(np.abs(marble) - 0.12, 0.25) * soft(outer + 2, px))  # between its bundles
+    armpit = ellipse(side - 121 * who.width, y - 8, (13, 19), -0.3)
+    blend(hu, FAT, soft(armpit, 3) * soft(4 - tissue, 3) * float(np.exp(-(((z - 42) / 26) ** 4))))
     if who.breast_mm:
         gland = (
             np.clip(marble - 0.3, 0, 1) * soft(ellipse(side - 78, y + 92, (34, 15)), 8) * soft(skin + 7, 4)
@@ -200,14 +208,17 @@ def _draw_wall(grid: Grid, who: Habitus, wall: _Wall, hu: Array, marble: Array, 
     blend(hu, FAT + 25, 0.8 * plane)
     blend(hu, FAT + 20, 0.75 * soft(np.abs(tissue + 0.5) - 0.9, 1.5 * px) * soft(6 - (tissue - outer), 4))
 
+    blend(hu, FAT + 12 + 9 * marble, soft(cavity + 1.5, px))  # fat of the mediastinum
+
     # Ribs run down from the spine to the front, so a slice cuts several of them obliquely.
     fall = 108 * np.clip((wall.angle - 0.22) / 2.4, 0, 1.1) ** 0.85
-    along = (z + fall + who.rib_shift + 440) / 22
-    level = (along - np.round(along)) * 22
-    rib = np.hypot((cavity - 6.2) / 3.6, level * 0.93 / 6.0) - 1
+    along = (z + fall + who.rib_shift + np.where(x < 0, 3.0, 0.0) + 440) / 22
+    number = np.round(along)
+    level = (along - number) * 22 + 2.5 * np.sin(2.1 * number)
+    rib = np.hypot((cavity - 6.0 - 0.6 * marble) / 3.4, level * 0.93 / 5.6) - 1
     front = soft(wall.angle - 2.42, 0.15)
-    shell = soft(rib * 3.6, px)
-    inside = soft(rib * 3.6 + 1.6, px)
+    shell = soft(rib * 3.4, px)
+    inside = soft(rib * 3.4 + 1.5, px)
     density = who.bone * (560 - 330 * inside)
     blend(hu, front * density + (1 - front) * 95, shell * soft(0.24 - wall.angle, 0.05))
 
@@ -233,13 +244,13 @@ def _draw_scapula(
     phi = [0.62 + 0.06 * up, 0.95 + 0.05 * up, 1.05 + 0.3 * up]
     reach = np.interp(phi, np.linspace(0, np.pi, 181), wall.tissue[k]) + np.array([8, 12, 13 + 10 * up])
     px_, py_ = reach * np.sin(phi), reach * np.cos(phi)
-    first = segment_2d(side, y, (px_[0], py_[0]), (px_[1], py_[1])) - 2.0
-    second = segment_2d(side, y, (px_[1], py_[1]), (px_[2], py_[2])) - (2.0 + 2.5 * up)
+    first = segment_2d(side, y, (px_[0], py_[0]), (px_[1], py_[1])) - 1.7
+    second = segment_2d(side, y, (px_[1], py_[1]), (px_[2], py_[2])) - (1.8 + 2.7 * up)
     plate = smooth_min(first, second, 3.0)
     if z > 25:
-        spine = segment_2d(side, y, (px_[1], py_[1]), (px_[1] + 12, py_[1] + 16)) - 2.2
+        spine = segment_2d(side, y, (px_[1], py_[1]), (px_[1] + 8, py_[1] + 9)) - 2.0
         plate = smooth_min(plate, spine, 3.0)
-    blend(hu, who.bone * (520 - 250 * soft(plate + 2.0, px)), soft(plate, px))
+    blend(hu, who.bone * (460 - 220 * soft(plate + 2.0, px)), soft(plate, px))
 
 
 def _draw_spine(grid: Grid, who: Habitus, hu: Array, marble: Array, k: int) -> None:
@@ -254,27 +265,27 @@ def _draw_spine(grid: Grid, who: Habitus, hu: Array, marble: Array, k: int) -> N
     plate = float(np.exp(-(((phase - 0.78) / 0.06) ** 2)) + np.exp(-((phase / 0.06) ** 2)))
     pith = 190 + 150 * plate + 35 * marble
     bone = who.bone * (pith + (430 - pith) * (1 - soft(body + 2.0, px)))
-    arch_y = y - 20.5 * size
-    arch = np.abs(np.hypot(x / 1.15, arch_y) - 12.0) - 2.6
+    arch_y = y - 19.0 * size
+    arch = np.abs(np.hypot(x / 1.2, arch_y) - 10.8) - 2.2
     arch = np.maximum(arch, -arch_y - 2) if not 0.3 < phase < 0.8 else np.maximum(arch, -arch_y - 10)
     blend(hu, who.bone * (480 - 120 * soft(arch + 1.5, px)), soft(arch, px))
-    tail = 16 + 14 * phase
-    process = segment_2d(x, y, (0.0, 33.0 * size), (0.0, 33.0 * size + tail)) - 2.6
+    tail = 4 + 10 * phase
+    process = segment_2d(x, y, (0.0, 31.0 * size), (0.0, 31.0 * size + tail)) - 2.3
     blend(hu, who.bone * 430, soft(process, px))
     if 0.35 < phase < 0.85:
-        wing = segment_2d(side, y, (13, 24), (31, 33)) - 4.0
+        wing = segment_2d(side, y, (12, 22), (30, 30)) - 3.6
         blend(hu, who.bone * (480 - 220 * soft(wing + 1.6, px)), soft(wing, px))
-        neck = segment_2d(side, y, (21, 10), (36, 25)) - 3.6
+        neck = segment_2d(side, y, (21, 9), (36, 23)) - 3.2
         blend(hu, who.bone * (500 - 230 * soft(neck + 1.5, px)), soft(neck, px))
     blend(hu, bone + disc * (90 - bone), soft(body, px))
-    canal = ellipse(x, y - 20.5 * size, (9.5, 8.0))
+    canal = ellipse(x, y - 19.0 * size, (9.5, 7.5))
     blend(hu, -20.0, soft(canal, px))
-    blend(hu, 32.0, soft(ellipse(x, y - 20.5 * size, (5.5, 4.6)), px))
+    blend(hu, 32.0, soft(ellipse(x, y - 19.0 * size, (5.5, 4.6)), px))
 
 
 def _spine_y(who: Habitus, z: float) -> float:
     """Middle of the vertebral bodies over the level: the chest's backward curve."""
-    return who.depth * float(np.interp(z, [-190, -60, 0, 60, 110], [62, 65, 62, 48, 36]))
+    return who.depth * float(np.interp(z, [-190, -60, 0, 60, 110], [58, 61, 58, 45, 33]))
 
 
 def _paint(hu: Array, organs: Array, hit: tuple[Box, Array] | None, value: Array | float, px: float) -> None:
@@ -295,7 +306,7 @@ def _draw_organs(grid: Grid, who: Habitus, rng: np.random.Generator, hu: Array, 
     spine = _spine_y(who, 0.0)
 
     def tube(path: list[tuple[float, float, float, float]], value: float) -> None:
-        for a, b in zip(path[:-1], path[1:], strict=True):
+        for a, b in pairwise(path):
             hit = capsule(grid, np.array(a[:3]), np.array(b[:3]), (a[3], b[3]), reach)
             _paint(hu, organs, hit, value, px)
 
@@ -305,16 +316,16 @@ def _draw_organs(grid: Grid, who: Habitus, rng: np.random.Generator, hu: Array, 
         _paint(hu, organs, ellipsoid(grid, np.array(center), np.array(half), turn, reach), value, px)
 
     # Heart: pericardial fat, muscle, then the chambers.
-    heart_z = who.dome_z + 38
-    ball((20, -30 * d, heart_z), (62 * h, 44 * h, 47), 0.62, -70.0)
-    ball((-20, -16 * d, heart_z + 6), (30 * h, 30 * h, 36), 0.3, -70.0)
+    heart_z = who.dome_z + 27
+    ball((23, -33 * d, heart_z), (60 * h, 42 * h, 45), 0.62, -80.0)
+    ball((-20, -20 * d, heart_z + 5), (28 * h, 28 * h, 34), 0.3, -80.0)
     ball((22, -30 * d, heart_z), (57 * h, 39 * h, 42), 0.62, wall_hu)
     ball((-21, -16 * d, heart_z + 6), (26 * h, 26 * h, 32), 0.3, blood)
     ball((40, -22 * d, heart_z - 2), (34 * h, 19 * h, 30), 0.62, blood - 5)
     ball((10, -46 * d, heart_z - 2), (34 * h, 15 * h, 30), 0.45, blood + 5)
-    ball((4, 9 * d, heart_z + 24), (33 * h, 19 * h, 20), 0.0, blood)
+    ball((4, 9 * d, heart_z + 33), (33 * h, 19 * h, 21), 0.0, blood)
     for s in (-1, 1):  # pulmonary veins into the left atrium
-        tube([(s * 20, 12, heart_z + 28, 8), (s * 40, 14, heart_z + 36, 6)], blood)
+        tube([(s * 20, 12, heart_z + 36, 8), (s * 40, 14, heart_z + 42, 6)], blood)
 
     # Arteries and veins at the base of the heart.
     tube([(10, -48 * d, -40, 14), (14, -40 * d, -24, 14), (20, -18 * d, -9, 13)], blood)
@@ -341,9 +352,7 @@ def _draw_organs(grid: Grid, who: Habitus, rng: np.random.Generator, hu: Array, 
     # Windpipe and main bronchi: wall, then air.
     airways = [[(0, -24 * d, 112, 8.5), (0, -2, 30, 8.5), (0, 8, 0, 9.0)]]
     airways += [[(-3, 8, 0, 7.0), (-34, 13, -22, 6.0)], [(3, 8, 0, 6.5), (40, 17, -28, 5.5)]]
-    airways += [[(-34, 13, -22, 5.0), (-46, 16, -50, 4.0)], [(-34, 13, -22, 4.0), (-50, 6, -8, 3.2)]]
-    airways += [[(40, 17, -28, 4.5), (50, 22, -52, 3.6)], [(40, 17, -28, 4.0), (56, 6, -18, 3.2)]]
-    for grow, value in ((1.6, 30.0), (0.0, AIR + 10)):
+    for grow, value in ((1.3, 30.0), (0.0, AIR + 10)):
         for path in airways:
             tube([(*p[:3], p[3] + grow) for p in path], value)
 
@@ -352,8 +361,10 @@ def _dome(grid: Grid, who: Habitus) -> Array:
     """Height z (H, W) of the diaphragm: two domes that fall off to the chest wall, deepest behind."""
 
     def half(center: tuple[float, float], top: float) -> Array:
-        x, y = (grid.x - center[0]) / (62 * who.width), (grid.y - center[1]) / (74 * who.depth)
-        return top - 46 * (x * x + y * y) - 10 * np.clip(y, 0, 2)
+        x, y = (grid.x - center[0]) * np.sign(center[0]), grid.y - center[1]
+        x = x / (np.where(x > 0, 60, 105) * who.width)  # flat towards the heart, steep at the wall and behind
+        y = y / (np.where(y > 0, 66, 108) * who.depth)
+        return top - 46 * (x * x + y * y) - 8 * np.clip(y, 0, 2)
 
     return np.where(grid.x < 0, half((-62, -10), who.dome_z), half((66, -6), who.dome_z - 13)).astype(
         np.float32
@@ -363,7 +374,7 @@ def _dome(grid: Grid, who: Habitus) -> Array:
 def _draw_abdomen(
     grid: Grid, who: Habitus, wall: _Wall, hu: Array, dome: Array, marble: Array, k: int
 ) -> None:
-    """Mediastinal fat, and what lies under the diaphragm: liver, spleen and stomach."""
+    """What lies under the diaphragm: liver, spleen and stomach."""
     px, z, x, y = grid.pixel_mm, float(grid.z[k]), grid.x, grid.y
     under = soft((z - dome) * 0.6, px) * soft(wall.radius - wall.at(wall.cavity, k) + 1, px)
     if not under.any():
@@ -383,7 +394,7 @@ def _lung_distance(grid: Grid, who: Habitus, wall: _Wall, organs: Array, dome: A
     z, x, y = float(grid.z[k]), grid.x, grid.y
     cavity = wall.radius - wall.at(wall.cavity, k) + 1.2
     spine = _spine_y(who, z)
-    # Half width of the middle over the depth: thin in front (junction line), wide at the great vessels and spine.
+    # Half width of the middle over the depth: thin in front, wide at the great vessels and the spine.
     front = float(np.interp(z, [-60, -20, 25, 60, 90], [14, 4, 5, 22, 34]))
     middle = float(np.interp(z, [-60, 0, 40, 70, 110], [10, 15, 20, 26, 30]))
     depth = np.array([-90.0, -42.0, -22.0, spine - 24, spine - 6, spine + 8, spine + 30])

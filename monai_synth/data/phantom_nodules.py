@@ -50,7 +50,7 @@ class Nodule:
 
 
 def draw_ratings(rng: np.random.Generator, malignancy: int | None = None) -> dict[str, int]:
-    """Ratings that go together as they do in patients: malignant nodules are large, spiculated and lobulated."""
+    """Ratings that go together as in patients: malignant nodules are large, spiculated and lobulated."""
     m = int(rng.integers(1, 6)) if malignancy is None else malignancy
 
     def near(value: float, spread: float) -> int:
@@ -73,7 +73,7 @@ def draw_ratings(rng: np.random.Generator, malignancy: int | None = None) -> dic
 
 
 def _directions(rng: np.random.Generator, count: int, flat: float = 1.0) -> Array:
-    """Unit vectors (count, 3) spread by rejection so that they do not bunch; `flat` < 1 favours the slice plane."""
+    """Unit vectors (count, 3) that do not bunch; `flat` < 1 favours the slice plane."""
     chosen: list[Array] = []
     while len(chosen) < count:
         trial = rng.normal(size=(8, 3)) * (1, 1, flat)
@@ -93,7 +93,8 @@ def shape_nodule(
 ) -> Nodule | None:
     """Give a nodule the outline that its ratings ask for.
 
-    The surface is a ball stretched as sphericity says, with broad bumps (lobulation) and narrow cones (spiculation).
+    The surface is a ball stretched as sphericity says, with broad bumps (lobulation) and narrow cones
+    (spiculation).
 
     Args:
         grid: voxel grid.
@@ -139,8 +140,8 @@ def shape_nodule(
 def paint_nodule(hu: Array, lung: Array, nodule: Nodule, grid: Grid, rng: np.random.Generator) -> None:
     """Draw a nodule into the lung densities `hu` (D, H, W) in place.
 
-    Margin sets how wide the edge is, texture how dense the nodule is (ground glass, part solid, solid), calcification
-    3 gives it the density of bone; long spicules trail off beyond the outline.
+    Margin sets how wide the edge is, texture how dense the nodule is (ground glass, part solid, solid),
+    calcification 3 gives it the density of bone; long spicules trail off beyond the outline.
     """
     px, rating, box = grid.pixel_mm, nodule.ratings, nodule.box
     edge = px * (1 + 0.35 * (5 - rating["margin"]))
@@ -182,7 +183,7 @@ class Reading:
 
     Attributes:
         ratings: the reader's values; empty for nodules under 3 mm.
-        contours: slice index to the ordered outline [(row, column), ...]; a single point for nodules under 3 mm.
+        contours: slice index to the ordered outline [(row, column), ...]; one point for nodules under 3 mm.
     """
 
     ratings: dict[str, int]
@@ -190,7 +191,7 @@ class Reading:
 
 
 def read_nodule(nodule: Nodule, lung: Array, grid: Grid, rng: np.random.Generator) -> Reading:
-    """One reader's opinion: the outline moved by a fraction of a pixel, every rating up or down by at most one."""
+    """One reader's opinion: the outline moved by a fraction of a pixel, ratings by at most one."""
     x, y, z = np.broadcast_arrays(*grid.offsets(nodule.box, nodule.center.astype(np.float32)))
     unit = np.stack([x, y, z], axis=-1) / (np.sqrt(x * x + y * y + z * z)[..., None] + 1e-4)
     loose = min(0.3 * grid.pixel_mm, 0.08 * nodule.diameter_mm)
@@ -216,17 +217,17 @@ _AROUND = [(0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1)]
 
 
 def outer_border(mask: Array) -> list[tuple[int, int]]:
-    """Outline of the largest part of a mask in LIDC's manner: the pixels just outside it, in order and closed.
+    """Outline of a mask's largest part in LIDC's manner: the pixels just outside it, in order and closed.
 
-    The pixels of the outline do not belong to the nodule; those that it encloses do. Notches one pixel wide are
-    closed, because no such outline can show them.
+    The pixels of the outline do not belong to the nodule; those that it encloses do. Notches one pixel wide
+    are closed, because no such outline can show them.
 
     Args:
         mask: binary image (h, w).
 
     Returns:
-        Pixels (row, column) of an 8-connected closed curve, the first repeated at the end; empty for an empty mask.
-        Rows and columns can be -1 or h, w where the mask touches the edge.
+        Pixels (row, column) of an 8-connected closed curve, the first repeated at the end; empty for an empty
+        mask. Rows and columns can be -1 or h, w where the mask touches the edge.
     """
     parts, count = label(mask)
     if not count:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grid, distance functions and vessel trees from which the thorax phantom is drawn.
 
-Everything is in millimetres in the patient's frame: x to the left, y to the back, z to the head, origin in the
-middle of the chest at the level of the carina. Distances are negative inside a shape.
+Everything is in millimetres in the patient's frame: x to the left, y to the back, z to the head, origin in
+the middle of the chest at the level of the carina. Distances are negative inside a shape.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 SLICE_MM = 2.5
 FIELD_OF_VIEW_MM = 330.0
+BEND_MM = 4.0
 
 Array = np.ndarray
 Box = tuple[slice, slice, slice]
@@ -28,6 +29,7 @@ class Grid:
         top_mm: z of the first slice.
         angle: roll of the patient in radians.
         shift_mm: offset (x, y) of the patient on the table.
+        bend: smooth displacement (2, H, W) of x and y in mm, at most BEND_MM; makes the shapes irregular.
     """
 
     num_slices: int
@@ -35,26 +37,33 @@ class Grid:
     top_mm: float
     angle: float = 0.0
     shift_mm: tuple[float, float] = (0.0, 0.0)
+    bend: Array | None = None
     pixel_mm: float = field(init=False)
     z: Array = field(init=False)  # (D,), falling
     x: Array = field(init=False)  # (H, W)
     y: Array = field(init=False)  # (H, W)
+    couch_x: Array = field(init=False)  # (H, W), as x and y but level and not bent
+    couch_y: Array = field(init=False)
 
     def __post_init__(self) -> None:
         self.pixel_mm = FIELD_OF_VIEW_MM / self.matrix
         self.z = (self.top_mm - SLICE_MM * np.arange(self.num_slices)).astype(np.float32)
         axis = (np.arange(self.matrix) - (self.matrix - 1) / 2) * self.pixel_mm
         col, row = np.meshgrid(axis - self.shift_mm[0], axis - self.shift_mm[1])
+        self.couch_x, self.couch_y = col.astype(np.float32), row.astype(np.float32)
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         self.x = (cos * col + sin * row).astype(np.float32)
         self.y = (cos * row - sin * col).astype(np.float32)
+        if self.bend is not None:
+            self.x += np.clip(self.bend[0], -BEND_MM, BEND_MM)
+            self.y += np.clip(self.bend[1], -BEND_MM, BEND_MM)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.num_slices, self.matrix, self.matrix
 
     def voxel(self, points: Array) -> Array:
-        """Positions (..., 3) as (x, y, z) in mm to fractional voxel indices (..., 3) as (slice, row, column)."""
+        """Positions (..., 3) (x, y, z) in mm to voxel indices (..., 3), to within BEND_MM."""
         x, y, z = np.moveaxis(np.asarray(points, dtype=float), -1, 0)
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         col = (cos * x - sin * y + self.shift_mm[0]) / self.pixel_mm + (self.matrix - 1) / 2
@@ -67,9 +76,11 @@ class Grid:
         return np.stack([self.x[i, j], self.y[i, j], self.z[k]], axis=-1)
 
     def box(self, points: Array, reach_mm: float) -> Box | None:
-        """Smallest index box that holds all `points` (N, 3) with `reach_mm` around them; None if off the grid."""
+        """Index box that holds all `points` (N, 3) with `reach_mm` around them; None if off the grid."""
         voxels = self.voxel(points)
-        reach = reach_mm / np.array([SLICE_MM, self.pixel_mm, self.pixel_mm])
+        reach = (reach_mm + (0 if self.bend is None else BEND_MM)) / np.array(
+            [SLICE_MM, self.pixel_mm, self.pixel_mm]
+        )
         low = np.maximum(np.ceil(voxels.min(0) - reach), 0).astype(int)
         high = np.minimum(np.floor(voxels.max(0) + reach) + 1, self.shape).astype(int)
         if np.any(high <= low):
@@ -129,7 +140,8 @@ def capsule(
         end: other end.
         radii: radius at either end in mm.
         reach: how far outside the surface the distance is wanted, in mm.
-        slab: thickness of the slice that counts as hit, in mm; thin vessels between two slice centres stay visible.
+        slab: thickness of the slice that counts as hit, in mm, so that thin vessels between two slice centres
+            stay visible.
 
     Returns:
         The index box and the distance (d, h, w) in it, or None if nothing of it is on the grid.
@@ -149,7 +161,7 @@ def capsule(
 
 
 def ellipsoid(grid: Grid, center: Array, half: Array, turn: float, reach: float) -> tuple[Box, Array] | None:
-    """Approximate distance to an ellipsoid turned by `turn` radians around the z axis, within its bounding box."""
+    """Approximate distance to an ellipsoid turned by `turn` radians around z, within its bounding box."""
     box = grid.box(np.asarray(center, dtype=float)[None], float(np.max(half)) + reach)
     if box is None:
         return None
@@ -160,25 +172,30 @@ def ellipsoid(grid: Grid, center: Array, half: Array, turn: float, reach: float)
     return box, np.sqrt(u * u + v * v + z * z) * (1 - 1 / f)
 
 
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], cell: tuple[int, int, int]) -> Array:
-    """Smooth random field of about unit variance: cubic upsampling of white noise with cells of `cell` voxels."""
-    from scipy.ndimage import zoom
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], cell: tuple[float, ...]) -> Array:
+    """Smooth random field of about unit variance: white noise on a lattice, joined by quadratic splines.
 
-    coarse = [max(2, int(np.ceil(n / c)) + 2) for n, c in zip(shape, cell, strict=True)]
-    noise = rng.standard_normal(coarse).astype(np.float32)
-    fine = zoom(noise, cell, order=2, mode="nearest", prefilter=False)
-    start = [int(rng.integers(0, max(1, f - n + 1))) for f, n in zip(fine.shape, shape, strict=True)]
-    crop = fine[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
-    return crop / (float(crop.std()) + 1e-6)
+    Args:
+        rng: source of the noise.
+        shape: size of the field.
+        cell: distance of the lattice's points along each axis, in samples.
+    """
+    field = rng.standard_normal([int(n / c) + 4 for n, c in zip(shape, cell, strict=True)]).astype(np.float32)
+    for axis, (n, c) in enumerate(zip(shape, cell, strict=True)):
+        place = (np.arange(n) + rng.uniform(0, c)) / c + 1
+        gap = np.abs(place[:, None] - np.arange(field.shape[axis]))
+        weight = np.where(gap < 0.5, 0.75 - gap**2, 0.5 * np.clip(1.5 - gap, 0, None) ** 2).astype(np.float32)
+        field = np.moveaxis(np.tensordot(weight, field, axes=(1, axis)), 0, axis)
+    return field / (float(field.std()) + 1e-6)
 
 
 def vessel_tree(
-    root: Array, points: Array, rng: np.random.Generator, *, detour: float = 0.6, tip_mm: float = 0.55
+    root: Array, points: Array, rng: np.random.Generator, *, detour: float = 0.75, tip_mm: float = 0.55
 ) -> list[tuple[Array, Array, float, float]]:
     """Grow a branching tree from `root` that reaches every one of `points`.
 
-    Points are joined from near to far, each to the node that makes its way to the root short (weight `detour`) and
-    its own branch short; the radius follows Murray's law, r^p = sum of the children's r^p.
+    Points are joined from near to far, each to the node that makes its way to the root short (weight
+    `detour`) and its own branch short; the radius follows Murray's law, r^p = sum of the children's r^p.
 
     Args:
         root: position (x, y, z) in mm where the vessel enters the lung.
@@ -201,12 +218,12 @@ def vessel_tree(
     load = np.ones(count)
     for n in range(count - 1, 0, -1):
         load[parent[n]] += load[n]
-    radius = tip_mm * load ** (1 / 2.6)
+    radius = tip_mm * load ** (1 / 2.4)
     segments = []
     for n in range(1, count):
         start, end = nodes[parent[n]], nodes[n]
         first = min(radius[parent[n]], 1.25 * radius[n])
-        middle = (start + end) / 2 + rng.normal(0, 0.06 * np.linalg.norm(end - start), 3)
+        middle = (start + end) / 2 + rng.normal(0, 0.045 * np.linalg.norm(end - start), 3)
         between = (first + radius[n]) / 2
         segments += [(start, middle, first, between), (middle, end, between, radius[n])]
     return segments
