@@ -3,6 +3,15 @@
 
 from __future__ import annotations
 
+from monai_synth.inference.guidance import NoduleGuidance, NoduleRequest, latent_window, nodule_requests
 from monai_synth.inference.sampler import initial_noise, make_generators, sample
 
-__all__ = ["initial_noise", "make_generators", "sample"]
+__all__ = [
+    "NoduleGuidance",
+    "NoduleRequest",
+    "initial_noise",
+    "latent_window",
+    "make_generators",
+    "nodule_requests",
+    "sample",
+]
