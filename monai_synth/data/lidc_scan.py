@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 
 from monai_synth.data.lidc_nodules import join_nodules, nodules_on_slice, slice_areas
-from monai_synth.data.lidc_series import Series, read_hu
+from monai_synth.data.lidc_series import Series, SliceFile, read_hu
 from monai_synth.data.lidc_xml import read_lidc_xml
+from monai_synth.data.lungs import LungPrior
 from monai_synth.data.semantic import semantic_map, window_to_uint8
+from monai_synth.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,10 @@ def prepare_scan(task: ScanTask, out: Path, stopped: Callable[[], bool] = lambda
     Args:
         task: the scan.
         out: folder with ``images`` and ``labels``.
-        stopped: asked between slices; the rest is left undone once it says so.
+        stopped: asked between slices.
 
     Raises:
-        UserError: a slice cannot be decoded.
+        UserError: a slice cannot be decoded, or the run is given up.
         OSError: a file cannot be written, as on a full disk.
     """
     series = task.series
@@ -104,13 +106,14 @@ def prepare_scan(task: ScanTask, out: Path, stopped: Callable[[], bool] = lambda
         consensus=task.consensus,
     )
     areas = slice_areas(joined.nodules, len(series.slices))
+    prior = LungPrior((_read_unless(s, stopped) for s in series.slices), series.spacing)
     cases, files = [], []
     for z in select_slices(areas, task.slice_fraction, task.min_nodule_area):
-        if stopped():
-            break
-        image_hu = read_hu(series.slices[z])
+        image_hu = _read_unless(series.slices[z], stopped)
         nodule_label, table = nodules_on_slice(joined.nodules, z, series.shape, task.min_nodule_area)
-        label = semantic_map(image_hu, nodule_label, series.spacing[1:])
+        label = semantic_map(
+            image_hu, nodule_label, series.spacing[1:], prior=prior.on_slice(z, series.shape)
+        )
         case_id = f"{task.patient}-s{task.scan}-z{z:04d}"
         case = {
             "image": f"images/{case_id}.png",
@@ -136,6 +139,12 @@ def prepare_scan(task: ScanTask, out: Path, stopped: Callable[[], bool] = lambda
         "num_copied_files": series.num_copies,
     }
     return ScanResult(task.patient, task.scan, cases, counts)
+
+
+def _read_unless(file: SliceFile, stopped: Callable[[], bool]) -> np.ndarray:
+    if stopped():
+        raise UserError("the run is being given up")
+    return read_hu(file)
 
 
 def _png(image: np.ndarray) -> bytes:
