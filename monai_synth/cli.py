@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``monai-synth``: one call per verb; training and sampling are ``python -m monai.bundle run``.
+
+Nothing heavy is imported before a verb needs it, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+
+from monai_synth import __version__
+from monai_synth.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the command's name. Default: those of the process.
+
+    Returns:
+        Exit status: 0 done; 2 a failure that the user can mend, told in one line on stderr; 130 interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.call(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"monai-synth: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}; free some space and run the command again"
+    return text
+
+
+def _prepare_lidc(arguments: argparse.Namespace) -> None:
+    from monai_synth.data.lidc import prepare_lidc
+
+    prepare_lidc(
+        arguments.source,
+        arguments.out,
+        max_slice_thickness=arguments.max_slice_thickness,
+        slice_fraction=arguments.slice_fraction,
+        consensus=arguments.consensus,
+        min_nodule_area=arguments.min_nodule_area,
+        splits=tuple(arguments.splits),
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+        skip_bad=arguments.skip_bad,
+        overwrite=arguments.overwrite,
+        link_table=arguments.link_table,
+    )
+
+
+def _prepare_phantom(arguments: argparse.Namespace) -> None:
+    from monai_synth.data.phantom import write_phantom
+
+    write_phantom(
+        arguments.out,
+        num_patients=arguments.patients,
+        num_slices=arguments.slices,
+        matrix=arguments.matrix,
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+    )
+
+
+def _evaluate_semantic(arguments: argparse.Namespace) -> None:
+    from monai_synth.evaluate.folders import evaluate_folders
+
+    for text in evaluate_folders(
+        arguments.folders,
+        split=arguments.split,
+        max_cases=arguments.max_cases,
+        num_bootstrap=arguments.bootstrap,
+        seed=arguments.seed,
+        report=arguments.report,
+    ):
+        print(text, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="monai-synth",
+        description="Prepare data for the bundles of monai_synth and judge what they generate.",
+        epilog="Train and sample with: python -m monai.bundle run --config_file bundles/lsdm/configs/...",
+    )
+    parser.add_argument("--version", action="version", version=f"monai-synth {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_prepare(verbs.add_parser("prepare", help="turn a source into a dataset that the bundles train on"))
+    _add_evaluate(verbs.add_parser("evaluate", help="judge generated images"))
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    sources = parser.add_subparsers(metavar="SOURCE", required=True)
+
+    lidc = sources.add_parser(
+        "lidc",
+        help="LIDC-IDRI: CT as DICOM with the readers' XML",
+        description="Read LIDC-IDRI (DICOM, XML, in any nesting); write slices, semantic maps and nodules.",
+    )
+    lidc.set_defaults(call=_prepare_lidc)
+    lidc.add_argument("source", metavar="SRC", help="folder that holds the DICOM and XML files")
+    lidc.add_argument(
+        "out", metavar="OUT", help="folder to write; dataset.json, images/ and labels/ go into it"
+    )
+    lidc.add_argument(
+        "--max-slice-thickness",
+        type=float,
+        default=2.5,
+        metavar="MM",
+        help="skip series with thicker slices; mm, more than 0 (default: %(default)s)",
+    )
+    lidc.add_argument(
+        "--slice-fraction",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="part of the slices of a series to take; more than 0, at most 1 (default: %(default)s)",
+    )
+    lidc.add_argument(
+        "--consensus",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="share of a nodule's readers to include a pixel; more than 0, at most 1 (default: %(default)s)",
+    )
+    lidc.add_argument(
+        "--min-nodule-area",
+        type=int,
+        default=8,
+        metavar="N",
+        help="leave out nodules smaller than this in a slice; pixels, 1 or more (default: %(default)s)",
+    )
+    lidc.add_argument(
+        "--splits",
+        type=float,
+        nargs=3,
+        default=(0.86, 0.03, 0.11),
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="parts of the patients, each from 0 to 1, together 1 (default: 0.86 0.03 0.11)",
+    )
+    lidc.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the split; 0 or more (default: 0)",
+    )
+    _add_workers(lidc)
+    lidc.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="report unreadable scans and go on (default: report them and stop)",
+    )
+    lidc.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset that is in OUT (default: keep it and stop)",
+    )
+    lidc.add_argument(
+        "--link-table",
+        metavar="FILE",
+        help="also write which serial number is which patient to this CSV file, which must not be shared "
+        "(default: written nowhere)",
+    )
+
+    phantom = sources.add_parser(
+        "phantom",
+        help="an artificial thorax CT collection in the form of LIDC-IDRI",
+        description="Write DICOM series of artificial chests with the XML of four readers, to try out.",
+    )
+    phantom.set_defaults(call=_prepare_phantom)
+    phantom.add_argument(
+        "out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc OUT ..."
+    )
+    phantom.add_argument(
+        "--patients",
+        type=int,
+        default=24,
+        metavar="N",
+        help="patients; 1 to 9999 (default: %(default)s)",
+    )
+    phantom.add_argument(
+        "--slices",
+        type=int,
+        default=24,
+        metavar="N",
+        help="slices of 2.5 mm per patient; 4 to 80 (default: %(default)s)",
+    )
+    phantom.add_argument(
+        "--matrix",
+        type=int,
+        default=256,
+        metavar="N",
+        help="rows and columns of a slice; pixels, 64 to 1024 (default: %(default)s)",
+    )
+    phantom.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)"
+    )
+    _add_workers(phantom)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    metrics = parser.add_subparsers(metavar="METRIC", required=True)
+    semantic = metrics.add_parser(
+        "semantic",
+        help="do CT slices show the tissue that their maps ask for?",
+        description="Dice of lung and high-dense tissue between each map and the HU bands of its image, with "
+        "95 %% intervals. A prepared dataset of real images gives the ceiling.",
+    )
+    semantic.set_defaults(call=_evaluate_semantic)
+    semantic.add_argument(
+        "folders", nargs="+", metavar="DIR", help="nnU-Net raw dataset (DatasetNNN_Name) or prepared dataset"
+    )
+    semantic.add_argument(
+        "--split",
+        choices=("training", "validation", "test"),
+        default="test",
+        help="of a prepared dataset (default: %(default)s)",
+    )
+    semantic.add_argument(
+        "--max-cases",
+        type=int,
+        metavar="N",
+        help="look at the first N cases only; 1 or more (default: all)",
+    )
+    semantic.add_argument(
+        "--bootstrap",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="resamplings for the interval; 1 or more (default: %(default)s)",
+    )
+    semantic.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the resampling; 0 or more (default: 0)"
+    )
+    semantic.add_argument(
+        "--report", metavar="FILE", help="also write the results to this JSON file (default: none)"
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes; 1 or more (default: one per CPU core)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
