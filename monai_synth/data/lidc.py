@@ -11,6 +11,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from monai_synth import __version__
-from monai_synth.data.lidc_output import check_output, whole_folder
+from monai_synth.data.lidc_output import check_output, partial_folder, whole_folder
 from monai_synth.data.lidc_pool import map_unordered, stopped
 from monai_synth.data.lidc_scan import ScanResult, ScanTask, prepare_scan
 from monai_synth.data.lidc_series import Problem, Series
@@ -95,7 +96,11 @@ def prepare_lidc(
     workers = _num_workers(num_workers)
     table = _check_places(source, out, link_table, overwrite)
     found = find_scans(
-        source, max_slice_thickness=max_slice_thickness, num_workers=workers, progress=progress
+        source,
+        max_slice_thickness=max_slice_thickness,
+        leave_out=(out, partial_folder(out)),
+        num_workers=workers,
+        progress=progress,
     )
     _refuse_or_count(found, source, skip_bad)
     if not found.scans:
@@ -247,9 +252,10 @@ def _prepare_scans(
     results = []
     with tqdm(total=len(tasks), desc="preparing scans", unit="scan", disable=not progress) as bar:
         late = Source()
-        for item in map_unordered(partial(_prepare_one, folder=folder), tasks, workers):
-            bar.update()
-            late.problems.append(item) if isinstance(item, Problem) else results.append(item)
+        with closing(map_unordered(partial(_prepare_one, folder=folder), tasks, workers)) as items:
+            for item in items:
+                bar.update()
+                late.problems.append(item) if isinstance(item, Problem) else results.append(item)
     late.problems.sort(key=lambda p: p.message)
     _refuse_or_count(late, source, skip_bad)
     found.problems += late.problems

@@ -83,19 +83,25 @@ def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(
-                    f"another run is writing {out} at this moment; wait for it or name another folder"
-                ) from None
+                msg = f"another run is writing {out} at this moment; wait for it or name another folder"
+                raise UserError(msg) from None
+        work, replaced = partial / "dataset", partial / "replaced"
         try:
+            _put_back(replaced, out)  # a run killed between the two renames below
             for entry in partial.iterdir():  # what a killed run left
                 if entry.name != _LOCK:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            work = partial / "dataset"
             work.mkdir()
             yield work
             check_output(out, overwrite=overwrite)
             if out.exists():
-                os.rename(out, partial / "replaced")
+                os.rename(out, replaced)
             os.rename(work, out)
         finally:
+            _put_back(replaced, out)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_back(replaced: Path, out: Path) -> None:
+    if replaced.is_dir() and not out.exists():
+        os.rename(replaced, out)

@@ -11,7 +11,9 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -55,7 +57,7 @@ class Problem:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SliceFile:
     """Header of one CT image file; ``problem`` says why its pixels cannot be used."""
 
@@ -163,16 +165,22 @@ def _inspect_dicom(path: str) -> SliceFile | Problem | str:
     return SliceFile(
         path=path,
         sop_uid=str(header.SOPInstanceUID),
-        series_uid=str(header.SeriesInstanceUID),
-        study_uid=str(header.get("StudyInstanceUID") or ""),
-        patient_id=str(header.get("PatientID") or ""),
+        series_uid=_shared(str(header.SeriesInstanceUID)),
+        study_uid=_shared(str(header.get("StudyInstanceUID") or "")),
+        patient_id=_shared(str(header.get("PatientID") or "")),
         position=geometry.get("position", (0.0, 0.0, 0.0)),
-        orientation=geometry.get("orientation", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
-        spacing=geometry.get("spacing", (1.0, 1.0)),
+        orientation=_shared(geometry.get("orientation", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))),
+        spacing=_shared(geometry.get("spacing", (1.0, 1.0))),
         shape=(int(header.get("Rows") or 0), int(header.get("Columns") or 0)),
         thickness=float(thickness) if thickness not in (None, "") else None,
         problem=problem,
     )
+
+
+@lru_cache(maxsize=4096)
+def _shared(value: Any) -> Any:
+    """One object for equal values: the slices of a series have most of their header in common."""
+    return value
 
 
 def _geometry(header: pydicom.Dataset) -> dict[str, tuple[float, ...]]:
@@ -241,7 +249,7 @@ def order_series(files: Sequence[SliceFile]) -> Series | list[Problem]:
 
     Files that are the same byte for byte count as one.
     """
-    problems = [f.problem for f in files if f.problem is not None]
+    problems = _once_per_code([f.problem for f in files if f.problem is not None])
     if problems:
         return problems
     unique: dict[str, SliceFile] = {}
@@ -293,6 +301,20 @@ def order_series(files: Sequence[SliceFile]) -> Series | list[Problem]:
         shape=first.shape,
         num_copies=len(files) - len(unique),
     )
+
+
+def _once_per_code(problems: Sequence[Problem]) -> list[Problem]:
+    """The first problem of each kind in a series, saying how many files more have it."""
+    by_code: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_code[problem.code].append(problem)
+    return [
+        Problem(
+            code,
+            same[0].message + (f" [{len(same) - 1} more files of this series alike]" if same[1:] else ""),
+        )
+        for code, same in by_code.items()
+    ]
 
 
 def read_hu(file: SliceFile) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +45,21 @@ class Source:
 
 
 def find_scans(
-    source: Path, *, max_slice_thickness: float = 2.5, num_workers: int = 1, progress: bool = False
+    source: Path,
+    *,
+    max_slice_thickness: float = 2.5,
+    leave_out: Sequence[Path] = (),
+    num_workers: int = 1,
+    progress: bool = False,
 ) -> Source:
     """Look through a folder by the content of its files.
+
+    Args:
+        source: folder.
+        max_slice_thickness: mm; thicker series are counted as skipped.
+        leave_out: folders not to look into, such as the output where it lies in the source.
+        num_workers: processes; a few thousand files are read faster without any.
+        progress: show a progress bar.
 
     Raises:
         UserError: it is no folder, or holds no file.
@@ -54,17 +68,20 @@ def find_scans(
         raise UserError(
             f"source {source} is not a folder; give the folder that holds LIDC-IDRI (DICOM and XML)"
         )
-    paths = sorted(
-        os.path.join(root, f) for root, _, files in os.walk(source, followlinks=True) for f in files
-    )
-    if not paths:
+    found = Source()
+    paths = sorted(_files_below(source, leave_out, found.problems))
+    if not paths and not found.problems:
         raise UserError(
             f"source {source} holds no file; give the folder that holds LIDC-IDRI (DICOM and XML)"
         )
     chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
-    found, slices, readings = Source(num_files=len(paths)), [], []
-    with tqdm(total=len(paths), desc="reading headers", unit="file", disable=not progress) as bar:
-        for items in map_unordered(_inspect_files, chunks, num_workers):
+    found.num_files, slices, readings = len(paths), [], []
+    workers = num_workers if len(chunks) > 8 else 1
+    with (
+        tqdm(total=len(paths), desc="reading headers", unit="file", disable=not progress) as bar,
+        closing(map_unordered(_inspect_files, chunks, workers)) as results,
+    ):
+        for items in results:
             bar.update(len(items))
             for item in items:
                 if isinstance(item, SliceFile):
@@ -78,6 +95,24 @@ def find_scans(
     _match(found, group_series(slices), _one_reading_per_series(found, readings), max_slice_thickness)
     found.problems.sort(key=lambda p: p.message)
     return found
+
+
+def _files_below(source: Path, leave_out: Sequence[Path], problems: list[Problem]) -> Iterator[str]:
+    """Paths of all files; folders that are linked twice, or into themselves, are looked into once."""
+    seen = {(info.st_dev, info.st_ino) for info in (p.stat() for p in leave_out if p.is_dir())}
+
+    def refuse(error: OSError) -> None:
+        msg = f"{error.filename}: the folder cannot be read ({error.strerror}); mend its permissions"
+        problems.append(Problem("unreadable", msg))
+
+    for root, folders, files in os.walk(source, followlinks=True, onerror=refuse):
+        info = os.stat(root)
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders.sort()
+        yield from (os.path.join(root, name) for name in files)
 
 
 def _inspect_files(paths: list[str]) -> list[SliceFile | ReadingFile | Problem | str | None]:
