@@ -83,6 +83,15 @@ def test_a_nodule_counts_as_lung_whether_solid_or_not() -> None:
             assert class_dice(label, image) == {"lung": 1.0, "high_dense": 1.0}
 
 
+def test_air_that_the_map_asks_for_is_no_lung_but_air_elsewhere_is() -> None:
+    label, image = toy_slice()
+    windpipe = disc(64, 64, 4)
+    image[windpipe] = AIR_HU
+    assert class_dice(label, image)["lung"] < 1  # the map has soft tissue there
+    label[windpipe] = LABELS["background"]
+    assert class_dice(label, image)["lung"] == 1
+
+
 def test_what_is_larger_than_a_vessel_is_not_filled() -> None:
     label, image = toy_slice()
     large = disc(60, 42, 9)  # 253 pixels, more than 0.2 % of the picture

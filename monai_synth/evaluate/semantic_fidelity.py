@@ -7,12 +7,10 @@ reach 1 either: what they reach is the ceiling, and `evaluate_folder` on a prepa
 
 What counts as what, in the map and in the image:
 
-* lung: map labels lung and nodule (all three), for a nodule lies in the lung and its HU may be those of
-either. In the
-  image: below -400 HU inside the body, with enclosed holes of up to 0.2 % of the picture (vessels, nodules)
-      filled.
-  The windpipe is lung by its HU and background in the map; this is part of the distance from 1 to the
-  ceiling.
+* lung: map labels lung and nodule (all three), for a nodule lies in the lung and its HU may be those of either.
+  In the image: below -400 HU inside the body, with enclosed holes of up to 0.2 % of the picture (vessels,
+  nodules) filled. By HU the windpipe and bowel gas are lung too; where the map says background, such air is
+  what it asks for, and counts as background.
 * high_dense: map label high_dense; in the image 200 HU and more outside the lung.
 
 An image enters the mean of a class when the map gives it at least 0.1 % of the pixels; Dice of a few pixels
@@ -107,6 +105,7 @@ def class_dice(
         raise UserError(msg)
     found = hu_classes(image_hu, spacing=spacing)
     asked = {"lung": label >= LABELS["lung"], "high_dense": label == LABELS["high_dense"]}
+    found[(found == LABELS["lung"]) & (label == LABELS["background"])] = LABELS["background"]
     return {
         name: dice(asked[name], found == LABELS[name]) if asked[name].mean() >= MIN_FRACTION else math.nan
         for name in CLASSES
