@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from monai_synth.data.lidc_output import whole_folder
 from monai_synth.data.lidc_pool import map_unordered
-from monai_synth.data.phantom_anatomy import Habitus, build_thorax
+from monai_synth.data.phantom_anatomy import build_thorax
 from monai_synth.data.phantom_dicom import PADDING, RESCALE_INTERCEPT, lidc_xml, write_series
 from monai_synth.data.phantom_nodules import (
     NUM_READERS,
@@ -40,6 +40,7 @@ from monai_synth.data.phantom_shapes import (
     soft,
     vessel_tree,
 )
+from monai_synth.data.phantom_wall import Habitus
 from monai_synth.errors import UserError
 
 PADDING_HU = PADDING + RESCALE_INTERCEPT
@@ -55,7 +56,7 @@ _BRONCHI = [  # ends in mm, radii
     ((40, 17, -26), (56, 4, -14), 3.2, 2.0),
     ((56, 4, -14), (62, -4, 30), 2.0, 1.2),
 ]
-_LIMITS = {"num_patients": (1, 9999), "num_slices": (4, 80), "matrix": (64, 1024)}
+_LIMITS = {"num_patients": (1, 9999), "num_slices": (4, 80), "matrix": (64, 512)}
 
 
 @dataclass
@@ -187,7 +188,7 @@ def _place_nodules(grid: Grid, lung: Array, rng: np.random.Generator) -> list[No
             pleural = rng.random() < 0.3
             low, high = (0.55 * radius, 0.85 * radius) if pleural else (radius + 2, 60.0)
             near_end = min(0.8 * radius, SLICE_MM * grid.num_slices / 4)
-            level = (grid.z < grid.z[0] - near_end) & (grid.z > grid.z[-1] + near_end)
+            level = (grid.z <= grid.z[0] - near_end) & (grid.z >= grid.z[-1] + near_end)
             fits = (depth > low) & (depth < high) & level[:, None, None]
             spots = np.argwhere(fits)
             if not len(spots):
@@ -297,7 +298,7 @@ def write_phantom(
         out: folder to make; it may exist if it is empty.
         num_patients: scans to write, 1 to 9999.
         num_slices: slices of 2.5 mm per scan, 4 to 80.
-        matrix: rows and columns of a slice, 64 to 1024, over a field of view of 330 mm.
+        matrix: rows and columns of a slice, 64 to 512, over a field of view of 330 mm.
         seed: a whole number from 0.
         num_workers: processes; None takes as many as pay off.
         progress: whether to show a progress bar.

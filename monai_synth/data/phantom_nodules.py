@@ -194,9 +194,9 @@ def read_nodule(nodule: Nodule, lung: Array, grid: Grid, rng: np.random.Generato
     """One reader's opinion: the outline moved by a fraction of a pixel, ratings by at most one."""
     x, y, z = np.broadcast_arrays(*grid.offsets(nodule.box, nodule.center.astype(np.float32)))
     unit = np.stack([x, y, z], axis=-1) / (np.sqrt(x * x + y * y + z * z)[..., None] + 1e-4)
-    loose = min(0.3 * grid.pixel_mm, 0.08 * nodule.diameter_mm)
-    offset = rng.normal(0, loose) + unit @ rng.normal(0, loose, 3).astype(np.float32)
-    drawn = (nodule.surface < offset) & (lung[nodule.box] < 0.3 * grid.pixel_mm)
+    loose = min(0.25 * grid.pixel_mm, 0.06 * nodule.diameter_mm)
+    offset = rng.normal(-0.35 * loose, loose) + unit @ rng.normal(0, loose, 3).astype(np.float32)
+    drawn = (nodule.surface < offset) & (lung[nodule.box] < 0)
     contours = {}
     k0, i0, j0 = (s.start for s in nodule.box)
     for k, mask in enumerate(drawn):
@@ -249,4 +249,4 @@ def outer_border(mask: Array) -> list[tuple[int, int]]:
         first_step = first_step or to
         here, heading = to, side
         path.append(here)
-    return [(i - 2, j - 2) for i, j in path]
+    return [(int(i) - 2, int(j) - 2) for i, j in path]
