@@ -219,8 +219,9 @@ def _pixel_problem(path: str, header: pydicom.Dataset, left: int) -> Problem | N
             return Problem("no_decoder", msg)
     elif syntax is None or not syntax.is_deflated:
         expected = int(header.Rows) * int(header.Columns) * (int(header.BitsAllocated) // 8)
-        if left < expected + 8:
-            got = f"{left} bytes from the pixel data on, {expected} and more are needed"
+        element = 8 if syntax is not None and syntax.is_implicit_VR else 12  # bytes of tag, type and length
+        if syntax is not None and left < expected + element:
+            got = f"{max(left - element, 0)} bytes of pixel data, {expected} are needed"
             return Problem("truncated", f"{path}: is cut off ({got}); {_MEND}")
     return None
 

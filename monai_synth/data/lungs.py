@@ -25,7 +25,7 @@ _MAX_HOLE_AREA = 350.0  # mm^2: vessels, not the heart between the lungs nor the
 _LARGE_AREA = 2500.0  # mm^2
 _AIR_HU, _AIR_HU_LARGE = -930.0, -965.0  # airways and bowel gas; emphysema is lung all the same
 _COARSE_MM = 2.8
-_MIN_SHARE = 0.03  # of the largest lung's volume
+_MIN_SHARE = 0.06  # of the largest lung's volume
 
 
 def two_means_threshold(values: np.ndarray, start: tuple[float, float] = (-850.0, 50.0)) -> float:
@@ -86,7 +86,7 @@ class LungPrior:
     """Where in a scan the lungs are, at about 3 mm.
 
     A coarse voxel is airy where all its pixels are. Of the airy pieces inside the body, in three dimensions,
-    the largest and those with at least 3 % of its volume are lungs; the trachea and bowel gas are pieces of
+    the largest and those with at least 6 % of its volume are lungs; the trachea and bowel gas are pieces of
     their own.
 
     Args:
