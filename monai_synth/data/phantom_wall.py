@@ -204,8 +204,12 @@ def _draw_scapula(
 
 def draw_spine(grid: Grid, who: Habitus, hu: Array, marble: Array, k: int) -> None:
     """Vertebra, disc, canal and processes of slice k, with the heads of the ribs."""
-    px, z, x = grid.pixel_mm, float(grid.z[k]), grid.x
-    y = grid.y - spine_y(who, z)
+    px, z = grid.pixel_mm, float(grid.z[k])
+    box = grid.box(np.array([[0.0, spine_y(who, z) + 14.0, z]]), 45.0)
+    if box is None:
+        return
+    hu, marble = hu[box[1:]], marble[box[1:]]
+    x, y = grid.x[box[1:]], grid.y[box[1:]] - spine_y(who, z)
     side = np.abs(x)
     phase = ((z + who.vertebra_shift) / 23) % 1.0  # 0 lower end plate .. 0.82 upper end plate .. 1 disc
     size = 1.0 - 0.0012 * z
