@@ -119,6 +119,11 @@ class TestUNet:
         assert eps.shape == (2, 2, *x.shape[2:])
         assert (eps == 0).all()
 
+    def test_a_fresh_residual_block_passes_its_input_on(self):
+        block, seg = unet().down_blocks[0].resnets[0], inputs()[2]
+        h = torch.randn(2, 8, 8, 8)
+        assert torch.equal(block(h, torch.randn(2, 32), seg), h)
+
     @pytest.mark.parametrize("spatial_dims", [2, 3])
     @pytest.mark.parametrize("time_scale_shift", [False, True])
     def test_the_output_depends_on_time_map_and_each_input_channel(self, spatial_dims, time_scale_shift):

@@ -139,7 +139,6 @@ def pool_semantic(
 
 def _highest_label(seg: Tensor) -> Tensor:
     """Keep the highest class of each pixel: (B, K, *S) multi-hot -> one-hot, or all 0 where there is none."""
-    present = seg > 0
     rank = torch.arange(1, seg.shape[1] + 1, device=seg.device).view(1, -1, *[1] * (seg.ndim - 2))
-    highest = (present * rank).amax(dim=1, keepdim=True)
-    return (present & (rank == highest)).to(seg.dtype)
+    highest = ((seg > 0) * rank).amax(dim=1, keepdim=True)
+    return (rank == highest).to(seg.dtype)
