@@ -225,9 +225,10 @@ def nodule_requests(
 
     Args:
         label: integer map (H, W); labels from 5 on are nodules.
-        nodules: their entries in ``dataset.json``. Nodules that touch in the map are parted by the nearest
-            centre. None makes one request of each connected nodule region; malignancy is then known from its
-            label (5 is benign, 6 and 7 are not), and the other features only from ``targets``.
+        nodules: their entries in ``dataset.json``: "center" in image pixels, "malignant" 0 or 1, and ratings.
+            Nodules that touch in the map are parted by the nearest centre. None makes one request of each
+            connected nodule region; malignancy is then known from its label (5 is benign, 6 and 7 are not),
+            and the other features only from ``targets``.
         factor: image pixels per latent pixel, f.
         features: what to ask for, with the nodule's own values. Features it has no value for are left out.
         targets: values that replace those of every nodule, whether named in ``features`` or not.
@@ -239,7 +240,7 @@ def nodule_requests(
     Raises:
         UserError: if the map's size is no multiple of the factor, or it has no nodule where one is listed.
     """
-    array = np.asarray(label)
+    array = label.detach().cpu().numpy() if isinstance(label, Tensor) else np.asarray(label)
     if array.ndim != 2 or any(size % factor for size in array.shape):
         msg = f"The label map has shape {array.shape}; it must be (H, W), both multiples of {factor}."
         raise UserError(msg)
