@@ -194,6 +194,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, flavour: str) -> No
     first = dataset_bytes(write_flavour(tmp_path / "a", flavour).path)
     assert dataset_bytes(write_flavour(tmp_path / "b", flavour).path) == first
     assert len(first) == 8
+    for name, content in first.items():
+        assert not name.endswith(".gz") or content[4:8] == bytes(4), "gzip's time stamp"
 
 
 def test_dataset_json_is_written_only_by_finish(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -200,6 +201,25 @@ def test_a_full_disk_leaves_whole_lines_and_the_case_undone(
             add(writer, 1)
     assert writer.path.read_bytes() == before
     assert not writer.has("case1")
+    assert add(writer, 1)
+
+
+def test_a_write_that_the_disk_cuts_short_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ProvenanceWriter(tmp_path / "p.jsonl")
+    add(writer, 0)
+    before = writer.path.read_bytes()
+
+    class Short(io.FileIO):
+        def write(self, data: bytes) -> int:
+            return super().write(data[: len(data) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "open", lambda path, mode, buffering: Short(path, mode), raising=False)
+        with pytest.raises(OSError, match="No space"):
+            add(writer, 1)
+    assert writer.path.read_bytes() == before
     assert add(writer, 1)
 
 

@@ -64,6 +64,13 @@ def test_the_band_limits_are_those_of_the_text(hu: float, name: str) -> None:
     assert hu_classes(image)[64, 64] == LABELS[name]
 
 
+@pytest.mark.parametrize(("hu", "name"), [(-401, "lung"), (-400, "body")])
+def test_lung_ends_where_body_begins(hu: float, name: str) -> None:
+    _, image = toy_slice()
+    image[disc(60, 42, 16)] = hu
+    assert hu_classes(image)[60, 42] == LABELS[name]
+
+
 def test_air_around_the_patient_is_not_lung_even_behind_a_table() -> None:
     _, image = toy_slice()
     image[122:124] = BONE_HU  # a table across the picture shuts in the air below the patient
@@ -231,6 +238,23 @@ def test_a_generated_folder_is_judged_like_its_arrays(tmp_path: Path, ending: st
     assert result["classes"] == expected["classes"]
     assert (result["source"], result["kind"]) == ("Dataset001_Toy", "generated")
     assert result["classes"]["lung"]["n"] == 3
+
+
+def test_labels_are_known_by_their_names_not_their_values(tmp_path: Path) -> None:
+    names = ["background", "lung", "high_dense", "soft_tissue", "body"]
+    writer = NNUNetRawWriter(
+        tmp_path,
+        dataset_id=1,
+        name="Toy",
+        channel_names=["L"],
+        labels={name: value for value, name in enumerate(names)},
+    )
+    label, image = toy_slice()
+    own = np.zeros_like(label)
+    for value, name in enumerate(names):
+        own[label == LABELS[name]] = value
+    writer.add("a", window_to_uint8(image), own)
+    assert {score["value"] for score in evaluate_folder(writer.finish())["classes"].values()} == {1.0}
 
 
 def test_a_prepared_dataset_gives_the_ceiling_by_patient(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ reach 1 either: what they reach is the ceiling, and `evaluate_folder` on a prepa
 
 What counts as what, in the map and in the image:
 
-* lung: map labels lung and nodule (all three), for a nodule lies in the lung and its HU may be those of either.
+* lung: map labels lung and nodule (all three), for a nodule lies in the lung and may have the HU of either.
   In the image: below -400 HU inside the body, with enclosed holes of up to 0.2 % of the picture (vessels,
   nodules) filled. By HU the windpipe and bowel gas are lung too; where the map says background, such air is
   what it asks for, and counts as background.
