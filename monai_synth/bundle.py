@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 from torch import nn
 
@@ -38,8 +39,8 @@ from monai_synth.networks.latent_codec import LatentCodec
 
 __all__ = [
     "begin", "build_network", "bundle_root", "by_factor", "default_ckpt_dir", "default_device", "default_preset", "end",
-    "ensure_dataset", "ensure_stages", "is_main", "latest_run", "load_codec", "load_file", "num_processes", "parallel",
-    "process_rank", "read_dataset", "remember_run", "restore_network", "sampling_ckpt_dir", "select_preset",
+    "ensure_dataset", "ensure_stages", "guided_features", "is_main", "latest_run", "load_codec", "load_file", "num_processes", "parallel",
+    "process_rank", "read_dataset", "remember_run", "restore_network", "run_sampling", "sampling_ckpt_dir", "select_preset",
     "sha256_of", "trained_file", "use_amp",
 ]  # fmt: skip
 
@@ -167,7 +168,9 @@ def begin(*, seed: int, device: str, distributed: bool = False) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
-        raise UserError(f"device {device!r} cannot be used ({reason}); allowed here: {there}; give --device") from error
+        raise UserError(
+            f"device {device!r} cannot be used ({reason}); allowed here: {there}; give --device"
+        ) from error
     num = int(os.environ.get("WORLD_SIZE", "1"))
     if distributed and "WORLD_SIZE" not in os.environ:
         msg = "multi_gpu_train.json is started without torchrun; give `torchrun --nproc_per_node=N -m monai.bundle run ...`"
@@ -236,7 +239,9 @@ def _print_user_errors(kind: type[BaseException], error: BaseException, trace: T
 # Data and stages
 
 
-def ensure_dataset(dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str) -> None:
+def ensure_dataset(
+    dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str
+) -> None:
     """Check the dataset; make the built-in phantom where none was given, through the import that real LIDC takes.
 
     Raises:
@@ -257,7 +262,9 @@ def ensure_dataset(dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any
         dist.barrier()
     dataset = read_dataset(dataset_dir, task="lidc")
     if main:
-        sizes = ", ".join(f"{len(dataset.content.get(s, []))} {s}" for s in ("training", "validation", "test"))
+        sizes = ", ".join(
+            f"{len(dataset.content.get(s, []))} {s}" for s in ("training", "validation", "test")
+        )
         logger.info(f"dataset {dataset.name} at {dataset.root}: {sizes} slices; preset {preset}")
 
 
@@ -272,7 +279,11 @@ def _make_phantom(folder: Path, phantom: Mapping[str, Any]) -> None:
 
 
 def ensure_stages(
-    stages: Sequence[Mapping[str, Any]], *, ckpt_dir: str, contract: Mapping[str, Any], overrides: Mapping[str, Any]
+    stages: Sequence[Mapping[str, Any]],
+    *,
+    ckpt_dir: str,
+    contract: Mapping[str, Any],
+    overrides: Mapping[str, Any],
 ) -> None:
     """Run the stages whose trained file is missing; say which ones are there and reused.
 
@@ -295,7 +306,9 @@ def ensure_stages(
                 logger.info(f"stage {path.stem}: reusing {path}")
             continue
         if is_main():
-            logger.info(f"stage {path.stem}: {path} is missing, training it with {Path(stage['config']).name}")
+            logger.info(
+                f"stage {path.stem}: {path} is missing, training it with {Path(stage['config']).name}"
+            )
         values = {k: v for k, v in {**overrides, **stage["overrides"]}.items() if v is not None}
         workflow = ConfigWorkflow(stage["config"], workflow_type="train", run_id="training", **values)
         workflow.initialize()
@@ -316,3 +329,22 @@ def load_codec(ckpt_dir: str, *, device: str = "cpu", scale_factor: float = 1.0)
         scale_factor=scale_factor,
     )
     return codec.to(device)
+
+
+# Sampling
+
+
+def guided_features(features: Sequence[str], scale: float | Mapping[str, float]) -> list[str]:
+    """Features whose classifier takes part: those with a scale other than 0."""
+    if isinstance(scale, Mapping):
+        return [f for f in features if scale.get(f, 0) != 0]
+    return [] if scale == 0 else list(features)
+
+
+def run_sampling(dataset: Sized, evaluator: Engine) -> None:
+    """Sample what is not there yet."""
+    if not len(dataset):
+        logger.info("all images that were asked for are there already; raise --num_samples for more")
+        return
+    logger.info(f"sampling {len(dataset)} images")
+    evaluator.run()

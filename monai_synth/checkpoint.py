@@ -43,14 +43,18 @@ def build_network(arch: Mapping[str, Any]) -> nn.Module:
     """
     package, _, name = str(arch["target"]).rpartition(".")
     if not package.startswith(NETWORK_PACKAGES):
-        raise UserError(f"network {arch['target']!r} is not in {' or '.join(NETWORK_PACKAGES)}; give one that is")
+        raise UserError(
+            f"network {arch['target']!r} is not in {' or '.join(NETWORK_PACKAGES)}; give one that is"
+        )
     try:
         network_class = getattr(importlib.import_module(package), name)
         return network_class(**arch["args"])
     except UserError:
         raise
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"cannot build network {arch['target']} with {dict(arch['args'])}: {error}") from error
+        raise UserError(
+            f"cannot build network {arch['target']} with {dict(arch['args'])}: {error}"
+        ) from error
 
 
 def save_atomic(content: Mapping[str, Any], path: str | Path) -> None:
@@ -106,7 +110,9 @@ def load_file(path: str | Path, *, stage: str | None = None, map_location: Any =
         msg = f"{path} is not a {FORMAT} file (format {content.get('format') if isinstance(content, dict) else None!r})"
         raise UserError(msg + "; give a file that a training of this package wrote")
     if stage is not None and content["stage"] != stage:
-        raise UserError(f"{path} holds the stage {content['stage']!r}, needed is {stage!r}; give the right file")
+        raise UserError(
+            f"{path} holds the stage {content['stage']!r}, needed is {stage!r}; give the right file"
+        )
     return content
 
 
@@ -145,7 +151,11 @@ def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
     """Leaves in which two nested values differ, as ``name: got ..., expected ...``."""
     if isinstance(got, Mapping) and isinstance(expected, Mapping):
         keys = [*expected, *(k for k in got if k not in expected)]
-        return [d for k in keys for d in differences(got.get(k), expected.get(k), f"{prefix}.{k}" if prefix else str(k))]
+        return [
+            d
+            for k in keys
+            for d in differences(got.get(k), expected.get(k), f"{prefix}.{k}" if prefix else str(k))
+        ]
     got = list(got) if isinstance(got, tuple) else got
     expected = list(expected) if isinstance(expected, tuple) else expected
     if isinstance(got, float) and isinstance(expected, float) and abs(got - expected) <= 1e-6 * abs(expected):

@@ -4,24 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
-from monai.data.image_reader import PILReader
 from monai.transforms import (
     Compose,
-    EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
     MapTransform,
     RandSpatialCropSamplesd,
     Resized,
     ScaleIntensityRanged,
     SelectItemsd,
 )
+from PIL import Image
 
 from monai_synth.errors import UserError
 
@@ -70,10 +69,39 @@ def check_labels(label: torch.Tensor | np.ndarray, num_labels: int, where: str) 
         raise UserError(msg)
 
 
+def read_png(path: str | Path) -> np.ndarray:
+    """Grey values (H, W) of an 8-bit picture.
+
+    Raises:
+        UserError: missing, damaged, or not an 8-bit grey picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("L", "P", "1"):
+                msg = f"{path} has mode {picture.mode}, allowed is 8-bit grey (L); prepare the dataset again"
+                raise UserError(msg)
+            return np.asarray(picture.convert("L") if picture.mode == "1" else picture)
+    except (OSError, SyntaxError) as error:
+        msg = f"{path} cannot be read as a picture ({error}); prepare the dataset again (monai-synth prepare ...)"
+        raise UserError(msg) from error
+
+
+class ReadPNGd(MapTransform):
+    """Path -> float32 tensor (1, H, W) of grey values 0..255, rows first."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            data[key] = torch.from_numpy(read_png(data[key]).astype(np.float32))[None]
+        return data
+
+
 class PrepareLabeld(MapTransform):
     """Check label values, then :func:`resize_semantic`; output is uint8."""
 
-    def __init__(self, keys: KeysCollection, size: Sequence[int], num_labels: int, name_key: str = "case_id") -> None:
+    def __init__(
+        self, keys: KeysCollection, size: Sequence[int], num_labels: int, name_key: str = "case_id"
+    ) -> None:
         super().__init__(keys)
         self.size = tuple(size)
         self.num_labels = num_labels
@@ -97,12 +125,7 @@ def slice_preprocessing(
         num_labels: number of labels that a map may hold.
         keys: which of ``image`` and ``label`` to load.
     """
-    # dataset files are row-major pictures; MONAI's default would transpose them
-    reader = PILReader(reverse_indexing=False)
-    steps: list[Any] = [
-        LoadImaged(keys=keys, reader=reader, image_only=True),
-        EnsureChannelFirstd(keys=keys, channel_dim="no_channel"),
-    ]
+    steps: list[Any] = [ReadPNGd(keys=keys)]
     if "image" in keys:
         steps += [
             ScaleIntensityRanged(keys="image", a_min=0, a_max=255, b_min=-1, b_max=1),
@@ -118,5 +141,7 @@ def with_random_crops(preprocessing: Compose, crop_size: Sequence[int], num_crop
     """The preprocessing followed by ``num_crops`` random crops of the image; none where that is 0."""
     if num_crops == 0:
         return preprocessing
-    crop = RandSpatialCropSamplesd(keys="image", roi_size=tuple(crop_size), num_samples=num_crops, random_size=False)
+    crop = RandSpatialCropSamplesd(
+        keys="image", roi_size=tuple(crop_size), num_samples=num_crops, random_size=False
+    )
     return Compose([*preprocessing.transforms, crop])

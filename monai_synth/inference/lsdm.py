@@ -80,7 +80,8 @@ class LSDMInferer(Inferer):
         network: nn.Module,
         *,
         seeds: Sequence[int],
-        nodules: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        nodules: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+        targets: Sequence[Mapping[str, float]] | None = None,
     ) -> Tensor:
         """Sample one image per map.
 
@@ -88,7 +89,9 @@ class LSDMInferer(Inferer):
             inputs: label maps (B, 1, H, W), integers.
             network: SPADE U-Net.
             seeds: one per map.
-            nodules: per map, what is asked of each nodule (``center`` in pixels of the map, features).
+            nodules: per map, the nodule table (``center`` in pixels of the map, features), or None for a map
+                without one; nothing at all samples without guidance.
+            targets: per map, features that replace the nodules' own.
 
         Returns:
             Images (B, 1, H, W) in [-1, 1], clipped.
@@ -112,22 +115,31 @@ class LSDMInferer(Inferer):
             denoiser,
             x_T,
             make_sampler(self.sampler, self.schedule, self.num_steps),
-            guidance=self._guidance(inputs, nodules),
+            guidance=self._guidance(inputs, nodules, targets),
             generators=generators,
         )
         with torch.no_grad():
             return self.codec.decode(z_0).clamp(-1.0, 1.0)
 
     def _guidance(
-        self, label: Tensor, nodules: Sequence[Sequence[Mapping[str, Any]]] | None
+        self,
+        label: Tensor,
+        nodules: Sequence[Sequence[Mapping[str, Any]] | None] | None,
+        targets: Sequence[Mapping[str, float]] | None,
     ) -> NoduleGuidance | None:
         active = {f: self.classifiers[f] for f, s in self.scales.items() if s != 0}
-        if not active or nodules is None or not any(len(n) for n in nodules):
+        if not active or nodules is None:
             return None
+        targets = targets or [{}] * len(nodules)
         requests = [
-            nodule_requests(label[i, 0], found, factor=self.codec.factor, features=list(active))
-            for i, found in enumerate(nodules)
-        ]
+            nodule_requests(
+                label[i, 0].cpu(), nodules[i], self.codec.factor, features=list(active),
+                targets={f: v for f, v in targets[i].items() if f in active},
+            )
+            for i in range(len(nodules))
+        ]  # fmt: skip
+        if not any(requests):
+            return None
         return NoduleGuidance(
             self.codec.decode,
             active,

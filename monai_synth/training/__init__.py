@@ -6,8 +6,8 @@ from monai_synth.training.classifier import ConvergenceReport, classifier_loss, 
 from monai_synth.training.handlers import (
     EpochSeed,
     MLflowRun,
+    RunProgress,
     StageCheckpoint,
-    TrainingProgress,
     run_training,
 )
 from monai_synth.training.latents import LatentCache, LatentDataset, NoduleCropDataset
@@ -32,8 +32,8 @@ __all__ = [
     "NoisyCropPrepareBatch",
     "PerceptualLoss",
     "Reconstruction",
+    "RunProgress",
     "StageCheckpoint",
-    "TrainingProgress",
     "ValidationRecord",
     "classifier_loss",
     "is_classification",

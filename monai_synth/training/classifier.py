@@ -79,8 +79,15 @@ class ConvergenceReport:
             mean = (weight * label[:, 0].double()).sum()
             constant = float((weight * (label[:, 0].double() - mean) ** 2).sum())
         loss = float((weight * losses).sum())
-        report = {"n": len(label), "val_loss": loss, "constant_loss": constant, "converged": loss < 0.95 * constant}
-        verdict = "converged" if report["converged"] else "did NOT converge, its guidance will not be meaningful"
+        report = {
+            "n": len(label),
+            "val_loss": loss,
+            "constant_loss": constant,
+            "converged": loss < 0.95 * constant,
+        }
+        verdict = (
+            "converged" if report["converged"] else "did NOT converge, its guidance will not be meaningful"
+        )
         logger.info(
             f"{self.feature}: validation loss {loss:.3f}, best constant {constant:.3f}, n {len(label)} nodules: {verdict}"
         )

@@ -144,7 +144,9 @@ class StageCheckpoint:
             return 0
         content = load_file(self.last, stage=self.stage, map_location="cpu")
         here = {"arch": self.arch, "contract": self.contract, "epoch_length": engine.state.epoch_length}
-        remedy = f"Give the settings of that training, or another --ckpt_dir, or delete {self.last} to start anew."
+        remedy = (
+            f"Give the settings of that training, or another --ckpt_dir, or delete {self.last} to start anew."
+        )
         require_agreement({k: content[k] for k in here}, here, f"the unfinished training {self.last}", remedy)
         for name, item in self.objects.items():
             item.load_state_dict(content["state"][name])
@@ -171,7 +173,9 @@ def run_training(trainer: Engine, checkpoint: StageCheckpoint) -> None:
     """
     max_epochs = trainer.state.max_epochs
     if not isinstance(max_epochs, int) or max_epochs < 1:
-        raise UserError(f"max_epochs is {max_epochs!r}, allowed are integers from 1; give --max_epochs 10, say")
+        raise UserError(
+            f"max_epochs is {max_epochs!r}, allowed are integers from 1; give --max_epochs 10, say"
+        )
     done = checkpoint.restore(trainer)
     if done >= max_epochs:
         if not checkpoint.path.exists():
@@ -182,19 +186,21 @@ def run_training(trainer: Engine, checkpoint: StageCheckpoint) -> None:
         )
         return
     if done:
-        logger.info(f"resuming {checkpoint.path.stem} from {checkpoint.last} after epoch {done} of {max_epochs}")
+        logger.info(
+            f"resuming {checkpoint.path.stem} from {checkpoint.last} after epoch {done} of {max_epochs}"
+        )
     trainer.run()
 
 
-class TrainingProgress:
-    """One bar over the whole training with the loss and the time left.
+class RunProgress:
+    """One bar over the whole run of an engine with the loss and the time left.
 
     Args:
-        name: what is trained.
-        output: name of the loss in the engine's output.
+        name: what is trained or sampled.
+        output: name of the loss in the engine's output; None shows no loss.
     """
 
-    def __init__(self, name: str, output: str = "loss") -> None:
+    def __init__(self, name: str, output: str | None = "loss") -> None:
         self.name = name
         self.output = output
         self.bar: tqdm | None = None
@@ -217,7 +223,9 @@ class TrainingProgress:
         self.updated = time.monotonic()
 
     def _step(self, engine: Engine) -> None:
-        if time.monotonic() - self.updated > self.bar.mininterval:  # reading the loss waits for the device
+        if (
+            self.output is not None and time.monotonic() - self.updated > self.bar.mininterval
+        ):  # reading the loss waits for the device
             self.updated = time.monotonic()
             loss = float(engine.state.output[self.output])
             self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{loss:.4f}", refresh=False)
@@ -249,7 +257,13 @@ class MLflowRun(MLFlowHandler):
     """
 
     def __init__(
-        self, output_dir: str | Path, *, experiment: str, run: str, params: Mapping[str, Any], checkpoint: str | Path
+        self,
+        output_dir: str | Path,
+        *,
+        experiment: str,
+        run: str,
+        params: Mapping[str, Any],
+        checkpoint: str | Path,
     ) -> None:
         output_dir = Path(output_dir)
         self.active = rank() == 0
@@ -292,7 +306,9 @@ class MLflowRun(MLFlowHandler):
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def _log_epoch(self, engine: Engine) -> None:
-        values = {k: float(v) for k, v in engine.state.metrics.items() if np.isscalar(v) or torch.is_tensor(v)}
+        values = {
+            k: float(v) for k, v in engine.state.metrics.items() if np.isscalar(v) or torch.is_tensor(v)
+        }
         if values:
             self._log_metrics(values, step=engine.state.epoch)
 

@@ -62,7 +62,12 @@ class ValidationRecord:
     """
 
     def __init__(
-        self, evaluator: Engine, mlflow: MLflowRun, interval: int, output: str | None = None, num_pictures: int = 6
+        self,
+        evaluator: Engine,
+        mlflow: MLflowRun,
+        interval: int,
+        output: str | None = None,
+        num_pictures: int = 6,
     ) -> None:
         self.evaluator = evaluator
         self.mlflow = mlflow

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes what an evaluator samples into an nnU-Net raw dataset, image by image, with its provenance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from monai_synth.data.slices import NODULE_LABEL_MIN
+from monai_synth.errors import UserError
+from monai_synth.export.nnunet import NNUNetRawWriter
+from monai_synth.export.provenance import ProvenanceWriter
+
+logger = logging.getLogger(__name__)
+
+LABEL_KINDS = ("semantic", "nodule")
+IMAGE_FORMATS = {"png": (".png", "L"), "nii.gz": (".nii.gz", "CT")}
+
+
+class LabelledImageExport:
+    """Handler that writes each sampled CT slice with its map; a stopped run goes on where it stopped.
+
+    Args:
+        output_dir: parent of ``DatasetNNN_Name``.
+        dataset_id: nnU-Net's number, 1 to 999.
+        dataset_name: nnU-Net's name.
+        labels: label table of the model.
+        intensity: ``min`` and ``max`` HU of the image range.
+        image_format: ``png`` (8-bit window) or ``nii.gz`` (HU).
+        label_kind: ``semantic`` (all labels) or ``nodule`` (background and nodule).
+        record: what every provenance line says: ``checkpoints``, ``sampler``, ``num_steps``, ``guidance``,
+            ``settings``.
+        overwrite: replace an existing dataset.
+        resume: go on with an existing dataset of the same settings.
+
+    Raises:
+        UserError: unknown format or kind, or a dataset that is there and must not be touched.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        dataset_id: int,
+        dataset_name: str,
+        labels: Mapping[str, int],
+        intensity: Mapping[str, Any],
+        record: Mapping[str, Any],
+        image_format: str = "png",
+        label_kind: str = "semantic",
+        overwrite: bool = False,
+        resume: bool = True,
+    ) -> None:
+        if image_format not in IMAGE_FORMATS:
+            raise UserError(f"image_format is {image_format!r}; allowed are {', '.join(IMAGE_FORMATS)}")
+        if label_kind not in LABEL_KINDS:
+            raise UserError(f"label_kind is {label_kind!r}; allowed are {', '.join(LABEL_KINDS)}")
+        file_ending, channel = IMAGE_FORMATS[image_format]
+        self.as_hu = image_format == "nii.gz"
+        self.label_kind = label_kind
+        self.intensity = dict(intensity)
+        self.record = dict(record)
+        self.is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self.writer = NNUNetRawWriter(
+            output_dir,
+            dataset_id=dataset_id,
+            name=dataset_name,
+            channel_names=[channel],
+            labels=dict(labels) if label_kind == "semantic" else {"background": 0, "nodule": 1},
+            file_ending=file_ending,
+            overwrite=overwrite,
+            resume=resume,
+            settings={**self.record, "label_kind": label_kind},
+        )
+        self.provenance = ProvenanceWriter(self.writer.provenance_path)
+
+    def is_done(self, case_id: str) -> bool:
+        """Whether the image of this id and its line are there."""
+        return self.writer.has(case_id) and self.provenance.has(case_id)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+
+    def write(self, engine: Engine) -> None:
+        """Write the batch that was just sampled."""
+        batch = engine.state.batch
+        for i, image in enumerate(engine.state.output["pred"]):
+            label = batch["label"][i, 0].cpu().numpy()
+            if self.label_kind == "nodule":
+                label = (label >= NODULE_LABEL_MIN).astype(np.uint8)
+            try:
+                self.writer.add(batch["case_id"][i], self._pixels(image), label, spacing=batch["spacing"][i])
+                self.provenance.append(
+                    case_id=batch["case_id"][i],
+                    seed=batch["seed"][i],
+                    conditioning=batch["conditioning"][i],
+                    **self.record,
+                )
+            except OSError as error:
+                msg = (
+                    f"cannot write {batch['case_id'][i]} to {self.writer.path} ({error}); free some space, then start "
+                    "the same command again: finished images are kept"
+                )
+                raise UserError(msg) from error
+
+    def _pixels(self, image_pm1: torch.Tensor) -> np.ndarray:
+        """(1, H, W) in [-1, 1] -> 8-bit grey values, or HU as int16."""
+        unit = (image_pm1[0].detach().float().cpu().clamp(-1, 1).numpy() + 1) / 2
+        if not self.as_hu:
+            return np.round(unit * 255).astype(np.uint8)
+        low, high = float(self.intensity["min"]), float(self.intensity["max"])
+        return np.round(low + unit * (high - low)).astype(np.int16)
+
+    def finish(self) -> Path:
+        """Write ``dataset.json`` once all processes are done."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        if self.is_main:
+            self.writer.finish()
+            logger.info(f"wrote {len(self.writer.cases())} labelled images to {self.writer.path}")
+        return self.writer.path

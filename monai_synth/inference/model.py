@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained files of LSDM together, checked against each other before anything is sampled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from monai_synth.checkpoint import load_file, require_agreement, restore_network, sha256_of
+from monai_synth.errors import UserError
+from monai_synth.networks.latent_codec import LatentCodec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LSDMModel:
+    """Diffusion network, autoencoder and classifiers of one training.
+
+    Attributes:
+        network: the denoiser.
+        codec: autoencoder with the scale factor.
+        contract: what the denoiser was trained with.
+        classifiers: noisy classifier per feature.
+        crop_size_latent: side of the classifiers' crop; 0 without classifiers.
+        checkpoints: file name -> SHA-256, for the provenance.
+    """
+
+    network: nn.Module
+    codec: LatentCodec
+    contract: dict[str, Any]
+    classifiers: dict[str, nn.Module] = field(default_factory=dict)
+    crop_size_latent: int = 0
+    checkpoints: dict[str, str] = field(default_factory=dict)
+
+
+def load_lsdm(
+    ckpt_dir: str | Path, *, model_file: str = "model.pt", features: Sequence[str] = (), device: str = "cpu"
+) -> LSDMModel:
+    """Load and cross-check the trained files of a folder.
+
+    Args:
+        ckpt_dir: folder with ``autoencoder.pt``, the model and ``classifier_<feature>.pt``.
+        model_file: name of the diffusion model's file.
+        features: features to guide; their classifiers must be there.
+        device: where to sample.
+
+    Raises:
+        UserError: a file is missing, damaged, of another architecture, or trained with another autoencoder, scale
+            factor, schedule or size; the message names both values.
+    """
+    folder = Path(ckpt_dir)
+    path = folder / model_file
+    model = load_file(path, stage="diffusion")
+    contract = model["contract"]
+    autoencoder_path = folder / "autoencoder.pt"
+    autoencoder = load_file(autoencoder_path, stage="autoencoder")
+    checkpoints = {model_file: sha256_of(path), "autoencoder.pt": sha256_of(autoencoder_path)}
+    remedy = f"Use the files of one training, or train {path.name} again."
+    expected = {"autoencoder_sha256": contract["autoencoder_sha256"], "image_size": contract["image_size"]}
+    found = {
+        "autoencoder_sha256": checkpoints["autoencoder.pt"],
+        "image_size": autoencoder["contract"]["image_size"],
+    }
+    require_agreement(found, expected, f"{autoencoder_path} with {path}", remedy)
+    codec = LatentCodec(
+        restore_network(autoencoder, autoencoder_path),
+        image_channels=autoencoder["contract"]["image_channels"],
+        factor=contract["factor"],
+        num_labels=len(contract["labels"]),
+        scale_factor=contract["scale_factor"],
+    )
+    loaded = LSDMModel(
+        restore_network(model, path).to(device), codec.to(device), contract, checkpoints=checkpoints
+    )
+    shared = ("autoencoder_sha256", "scale_factor", "schedule", "image_size", "factor")
+    for feature in features:
+        name = f"classifier_{feature}.pt"
+        if not (folder / name).is_file():
+            msg = (
+                f"guidance asks for {feature}, but {folder / name} is not there; train it "
+                f"(train_classifier.json --feature {feature}), or leave it out of --features, or give --guidance_scale 0"
+            )
+            raise UserError(msg)
+        content = load_file(folder / name, stage="classifier")
+        theirs = {key: content["contract"].get(key) for key in shared}
+        require_agreement(
+            theirs, {key: contract[key] for key in shared}, f"{folder / name} with {path}", remedy
+        )
+        if content.get("report", {}).get("converged") is False:
+            logger.warning(
+                f"the classifier of {feature} did not converge (validation loss {content['report']['val_loss']:.3f}, "
+                f"best constant {content['report']['constant_loss']:.3f}, n {content['report']['n']}): its guidance "
+                "moves pixels, but not towards the feature"
+            )
+        loaded.classifiers[feature] = restore_network(content, folder / name).to(device)
+        loaded.crop_size_latent = content["contract"]["crop_size_latent"]
+        checkpoints[name] = sha256_of(folder / name)
+    return loaded
