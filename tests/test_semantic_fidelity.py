@@ -301,14 +301,32 @@ def test_folders_that_cannot_be_judged_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="split 'training'"):
         list_pairs(prepared, split="training")
     folder = write_nnunet(tmp_path / "x", [0])
-    (folder / "imagesTr" / "c0_0000.png").write_bytes(b"not a png")
-    with pytest.raises(UserError, match=r"c0_0000\.png or its label cannot be read"):
-        evaluate_folder(folder)
     (folder / "dataset.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         list_pairs(folder)
     with pytest.raises(UserError, match="no folder for the report"):
         list(evaluate_folders([prepared], report=tmp_path / "none" / "r.json"))
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "half", "empty", "gone"])
+@pytest.mark.parametrize("ending", [".png", ".nii.gz"])
+def test_a_damaged_image_is_named(tmp_path: Path, ending: str, damage: str) -> None:
+    channel = "L" if ending == ".png" else "CT"
+    folder = write_nnunet(tmp_path, [0], file_ending=ending, channel_names=[channel])
+    image = folder / "imagesTr" / f"c0_0000{ending}"
+    content = image.read_bytes()
+    image.write_bytes({"rubbish": b"rubbish" * 99, "half": content[: len(content) // 2]}.get(damage, b""))
+    if damage == "gone":
+        image.unlink()
+    with pytest.raises(UserError, match=rf"c0_0000\{ending}"):
+        evaluate_folder(folder)
+
+
+def test_a_colour_image_is_not_taken_for_ct(tmp_path: Path) -> None:
+    folder = write_nnunet(tmp_path, [0])
+    Image.new("RGB", (SIZE, SIZE)).save(folder / "imagesTr" / "c0_0000.png")
+    with pytest.raises(UserError, match="8-bit grey is needed"):
+        evaluate_folder(folder)
 
 
 def test_real_slices_reach_a_high_ceiling(test_data: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,24 +124,46 @@ def read_pair(pair: CtPair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Slices of a pair: label map (H, W) and image (H, W) in HU; one of a PNG, one per Z of a NIfTI volume.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or is no picture or volume.
     """
-    try:
-        if pair.image.suffix == ".png":
-            from PIL import Image
-
-            with Image.open(pair.image) as image, Image.open(pair.label) as label:
-                yield np.asarray(label), uint8_to_hu(np.asarray(image.convert("L")))
-            return
-        import nibabel as nib
-
-        image_hu = np.asarray(nib.load(pair.image).dataobj)
-        label = np.asarray(nib.load(pair.label).dataobj).astype(np.int64)
-    except (OSError, EOFError) as error:
-        msg = f"{pair.image.name} or its label cannot be read ({error}); write the dataset again"
-        raise UserError(msg) from error
+    if pair.image.suffix == ".png":
+        yield _read_png(pair.label), uint8_to_hu(_read_png(pair.image))
+        return
+    label, image_hu = _read_nifti(pair.label).astype(np.int64), _read_nifti(pair.image)
+    if label.shape != image_hu.shape:
+        msg = f"{pair.label} has shape {label.shape}, its image {image_hu.shape}; write the dataset again"
+        raise UserError(msg)
     for z in range(image_hu.shape[2]):
         yield label[:, :, z].T, image_hu[:, :, z].T
+
+
+def _read_png(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError) as error:  # PIL's words for a broken PNG
+        msg = f"{path} cannot be read ({error}); write the dataset again"
+        raise UserError(msg) from error
+    if pixels.ndim != 2 or pixels.dtype != np.uint8:
+        msg = f"{path} holds {pixels.dtype} of shape {pixels.shape}; 8-bit grey is needed, so write it again"
+        raise UserError(msg)
+    return pixels
+
+
+def _read_nifti(path: Path) -> np.ndarray:
+    import nibabel as nib
+
+    try:
+        volume = np.asarray(nib.load(path).dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        msg = f"{path} cannot be read ({error}); write the dataset again"
+        raise UserError(msg) from error
+    if volume.ndim != 3:
+        msg = f"{path} has shape {volume.shape}; a volume (X, Y, Z) is needed, so write the dataset again"
+        raise UserError(msg)
+    return volume
 
 
 def evaluate_folder(
