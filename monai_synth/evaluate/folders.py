@@ -253,7 +253,8 @@ def format_result(result: Mapping[str, Any]) -> str:
             lines.append(f"  {name:<12} not measured: no map has enough of it")
             continue
         interval = "[{:.3f}, {:.3f}]".format(*score["ci"]) if score["ci"] else "no interval"
-        lines.append(f"  {name:<12} {score['value']:.3f}  {interval}  n={score['n']}")
+        patients = f" of {score['num_groups']} patients" if score["num_groups"] != score["n"] else ""
+        lines.append(f"  {name:<12} {score['value']:.3f}  {interval}  n={score['n']}{patients}")
     return "\n".join(lines)
 
 
