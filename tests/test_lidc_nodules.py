@@ -15,6 +15,7 @@ from lidc_files import RATINGS, message_xml, nodule_xml, roi_xml, sop_uid, squar
 
 from monai_synth.data.lidc_nodules import (
     BoxMask,
+    Nodule,
     consensus_mask,
     distance,
     join_nodules,
@@ -198,6 +199,13 @@ def test_a_pixel_of_two_nodules_goes_to_the_one_more_readers_drew() -> None:
     label, table = nodules_on_slice(nodules, 3, SHAPE, 8)
     assert {row["label"]: row["area"] for row in table} == {5: 30, 7: 36}
     assert [(label == row["label"]).sum() for row in table] == [row["area"] for row in table]
+
+
+def test_what_another_nodule_leaves_of_one_is_not_drawn_where_it_is_too_small() -> None:
+    large, small = Nodule(box(3, 5, 6, (1, 6, 6)), 2, RATINGS), Nodule(box(3, 5, 5, (1, 6, 6)), 1, RATINGS)
+    label, table = nodules_on_slice([large, small], 3, SHAPE, 8)
+    assert [row["area"] for row in table] == [36]
+    assert (label > 0).sum() == 36
 
 
 def real_scan(test_data: Path, patient: str) -> tuple[Series, LidcReading, dict[str, int]]:

@@ -80,6 +80,17 @@ def test_padding_becomes_air_in_either_sign_convention(tmp_path: Path, padding: 
     np.testing.assert_array_equal(hu[3:], stored[3:].astype(np.float32) - 1024)
 
 
+def test_padding_with_the_other_sign_convention_is_told_from_tissue(tmp_path: Path) -> None:
+    """Stored -100 is written as 65436 in the header; at intercept 0 it would be fat."""
+    data = ct_slice()
+    stored = stored_image(0)
+    stored[:3] = -100
+    put_pixels(data, stored)
+    data.RescaleIntercept = 0
+    data.add_new("PixelPaddingValue", "US", 65436)
+    assert (read_hu(inspect_file(saved(tmp_path, data)))[:3] == -1024).all()
+
+
 def test_a_range_of_padding_becomes_air(tmp_path: Path) -> None:
     data = ct_slice()
     stored = stored_image(0)

@@ -72,6 +72,17 @@ def test_nodules_override_the_lung_and_the_lung_the_bands() -> None:
     assert label.dtype == np.uint8
 
 
+def test_specks_of_background_are_body_and_larger_air_is_not() -> None:
+    image = np.full((20, 20), 40, np.float32)
+    image[5, 5:9] = -500
+    image[10:14, 10:14] = -1000
+    image[0, 3] = -500
+    label = semantic_map(image, None, (1.0, 1.0))
+    assert (label[5, 5:9] == LABELS["body"]).all()
+    assert (label[10:14, 10:14] == LABELS["background"]).all()
+    assert label[0, 3] == LABELS["background"]
+
+
 def test_a_wrong_nodule_label_or_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"holds \[4\]; allowed are 0, 5, 6 and 7"):
         semantic_map(thorax(), np.full((SIZE, SIZE), 4, np.uint8))

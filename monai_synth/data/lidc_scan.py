@@ -149,5 +149,5 @@ def _read_unless(file: SliceFile, stopped: Callable[[], bool]) -> np.ndarray:
 
 def _png(image: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(image, "L").save(stream, "PNG", compress_level=6)
+    Image.fromarray(image).save(stream, "PNG", compress_level=6)
     return stream.getvalue()

@@ -8,12 +8,14 @@ Where the thesis leaves a choice open, this is what is done:
 * Air that is not lung - around the patient, in the trachea, in stomach and bowel - is background; so are the
   main bronchi until they open into the lung in that slice.
 * Vessels inside the lung belong to the lung; the heart and the dome of the liver do not.
+* Specks of background of at most 4 mm^2, which partial volume leaves along the pleura, are body.
 * The table and wires stay: they are in the image, so the bands name them.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from monai_synth.data.lungs import HU_MIN, lung_mask
 
@@ -42,6 +44,7 @@ FEATURES: tuple[str, ...] = (
 
 HU_MAX = 800
 HU_BANDS = ((-400, "body"), (0, "soft_tissue"), (200, "high_dense"))
+_SPECK_AREA = 4.0  # mm^2
 NODULE_LABELS = frozenset(
     LABELS[name] for name in ("nodule_benign", "nodule_indeterminate", "nodule_malignant")
 )
@@ -83,6 +86,7 @@ def semantic_map(
     for low, name in HU_BANDS:
         label[image_hu >= low] = LABELS[name]
     label[lung_mask(image_hu, spacing, prior)] = LABELS["lung"]
+    label[_specks(label == LABELS["background"], _SPECK_AREA / (spacing[0] * spacing[1]))] = LABELS["body"]
     if nodule_label is None:
         return label
     if nodule_label.shape != image_hu.shape:
@@ -92,3 +96,13 @@ def semantic_map(
     if wrong:
         raise ValueError(f"nodule_label holds {sorted(wrong)}; allowed are 0, 5, 6 and 7 (see LABELS)")
     return np.where(nodule_label > 0, nodule_label, label).astype(np.uint8)
+
+
+def _specks(mask: np.ndarray, max_pixels: float) -> np.ndarray:
+    """Pieces of a mask of at most ``max_pixels`` (and of single pixels) that do not touch the border."""
+    pieces, num = ndimage.label(mask)
+    small = np.bincount(pieces.ravel(), minlength=num + 1) <= max(max_pixels, 1)
+    for side in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):
+        small[side] = False
+    small[0] = False
+    return small[pieces]
