@@ -38,11 +38,34 @@ from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
 
 __all__ = [
-    "begin", "build_network", "bundle_root", "by_factor", "default_ckpt_dir", "default_device", "default_preset", "end",
-    "ensure_dataset", "ensure_stages", "guided_features", "is_main", "latest_run", "load_codec", "load_file", "num_processes", "parallel",
-    "process_rank", "read_dataset", "remember_run", "restore_network", "run_sampling", "sampling_ckpt_dir", "select_preset",
-    "sha256_of", "trained_file", "use_amp",
-]  # fmt: skip
+    "begin",
+    "build_network",
+    "bundle_root",
+    "by_factor",
+    "default_ckpt_dir",
+    "default_device",
+    "default_preset",
+    "end",
+    "ensure_dataset",
+    "ensure_stages",
+    "guided_features",
+    "is_main",
+    "latest_run",
+    "load_codec",
+    "load_file",
+    "num_processes",
+    "parallel",
+    "process_rank",
+    "read_dataset",
+    "remember_run",
+    "restore_network",
+    "run_sampling",
+    "sampling_ckpt_dir",
+    "select_preset",
+    "sha256_of",
+    "trained_file",
+    "use_amp",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +108,11 @@ def _same(a: str | Path, b: str | Path) -> bool:
     return Path(a).expanduser().absolute() == Path(b).expanduser().absolute()
 
 
-def remember_run(root: str, ckpt_dir: str, dataset_dir: str) -> None:
+def remember_run(latest_dir: str, ckpt_dir: str, dataset_dir: str) -> None:
     """Note the last finished training, so that sampling without further arguments takes it."""
     if not is_main():
         return
-    path = Path(root) / "models" / LATEST
+    path = Path(latest_dir) / LATEST
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{LATEST}.{os.getpid()}.part")
     content = {"ckpt_dir": str(Path(ckpt_dir).absolute()), "dataset_dir": str(Path(dataset_dir).absolute())}
@@ -97,11 +120,11 @@ def remember_run(root: str, ckpt_dir: str, dataset_dir: str) -> None:
     os.replace(partial, path)
 
 
-def latest_run(root: str, phantom_dir: str) -> dict[str, str]:
-    """``ckpt_dir`` and ``dataset_dir`` of the last finished training of this bundle; the phantom's without one."""
-    default = {"ckpt_dir": str(Path(root) / "models"), "dataset_dir": str(phantom_dir)}
+def latest_run(latest_dir: str, phantom_dir: str) -> dict[str, str]:
+    """``ckpt_dir`` and ``dataset_dir`` of the last finished training; ``latest_dir`` and the phantom without one."""
+    default = {"ckpt_dir": str(latest_dir), "dataset_dir": str(phantom_dir)}
     try:
-        content = json.loads((Path(root) / "models" / LATEST).read_text())
+        content = json.loads((Path(latest_dir) / LATEST).read_text())
         found = {key: str(content[key]) for key in default}
     except (OSError, ValueError, KeyError, TypeError):
         return default
@@ -168,15 +191,13 @@ def begin(*, seed: int, device: str, distributed: bool = False) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         there = "cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
-        raise UserError(
-            f"device {device!r} cannot be used ({reason}); allowed here: {there}; give --device"
-        ) from error
+        raise UserError(f"device {device!r} cannot be used ({reason}); allowed here: {there}; give --device") from error
     num = int(os.environ.get("WORLD_SIZE", "1"))
     if distributed and "WORLD_SIZE" not in os.environ:
-        msg = "multi_gpu_train.json is started without torchrun; give `torchrun --nproc_per_node=N -m monai.bundle run ...`"
+        msg = "multi_gpu_train.json needs torchrun; give `torchrun --nproc_per_node=N -m monai.bundle run ...`"
         raise UserError(msg)
     if num > 1 and not distributed:
-        msg = f"torchrun started {num} processes, but the config is for one; add configs/multi_gpu_train.json to --config_file"
+        msg = f"torchrun started {num} processes, but the config is for one; add multi_gpu_train.json to --config_file"
         raise UserError(msg)
     if distributed and not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
@@ -239,9 +260,7 @@ def _print_user_errors(kind: type[BaseException], error: BaseException, trace: T
 # Data and stages
 
 
-def ensure_dataset(
-    dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str
-) -> None:
+def ensure_dataset(dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str) -> None:
     """Check the dataset; make the built-in phantom where none was given, through the import that real LIDC takes.
 
     Raises:
@@ -262,9 +281,7 @@ def ensure_dataset(
         dist.barrier()
     dataset = read_dataset(dataset_dir, task="lidc")
     if main:
-        sizes = ", ".join(
-            f"{len(dataset.content.get(s, []))} {s}" for s in ("training", "validation", "test")
-        )
+        sizes = ", ".join(f"{len(dataset.content.get(s, []))} {s}" for s in ("training", "validation", "test"))
         logger.info(f"dataset {dataset.name} at {dataset.root}: {sizes} slices; preset {preset}")
 
 
@@ -306,9 +323,7 @@ def ensure_stages(
                 logger.info(f"stage {path.stem}: reusing {path}")
             continue
         if is_main():
-            logger.info(
-                f"stage {path.stem}: {path} is missing, training it with {Path(stage['config']).name}"
-            )
+            logger.info(f"stage {path.stem}: {path} is missing, training it with {Path(stage['config']).name}")
         values = {k: v for k, v in {**overrides, **stage["overrides"]}.items() if v is not None}
         workflow = ConfigWorkflow(stage["config"], workflow_type="train", run_id="training", **values)
         workflow.initialize()

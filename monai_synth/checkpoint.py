@@ -43,18 +43,14 @@ def build_network(arch: Mapping[str, Any]) -> nn.Module:
     """
     package, _, name = str(arch["target"]).rpartition(".")
     if not package.startswith(NETWORK_PACKAGES):
-        raise UserError(
-            f"network {arch['target']!r} is not in {' or '.join(NETWORK_PACKAGES)}; give one that is"
-        )
+        raise UserError(f"network {arch['target']!r} is not in {' or '.join(NETWORK_PACKAGES)}; give one that is")
     try:
         network_class = getattr(importlib.import_module(package), name)
         return network_class(**arch["args"])
     except UserError:
         raise
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"cannot build network {arch['target']} with {dict(arch['args'])}: {error}"
-        ) from error
+        raise UserError(f"cannot build network {arch['target']} with {dict(arch['args'])}: {error}") from error
 
 
 def save_atomic(content: Mapping[str, Any], path: str | Path) -> None:
@@ -110,9 +106,7 @@ def load_file(path: str | Path, *, stage: str | None = None, map_location: Any =
         msg = f"{path} is not a {FORMAT} file (format {content.get('format') if isinstance(content, dict) else None!r})"
         raise UserError(msg + "; give a file that a training of this package wrote")
     if stage is not None and content["stage"] != stage:
-        raise UserError(
-            f"{path} holds the stage {content['stage']!r}, needed is {stage!r}; give the right file"
-        )
+        raise UserError(f"{path} holds the stage {content['stage']!r}, needed is {stage!r}; give the right file")
     return content
 
 
@@ -142,7 +136,9 @@ def restore_network(content: Mapping[str, Any], path: str | Path = "checkpoint")
         network.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
-        msg = f"the weights in {path} do not fit {content['arch']['target']} with its arguments ({first}); train it again"
+        msg = (
+            f"the weights in {path} do not fit {content['arch']['target']} with its arguments ({first}); train it again"
+        )
         raise UserError(msg) from error
     return network.eval()
 
@@ -152,9 +148,7 @@ def differences(got: Any, expected: Any, prefix: str = "") -> list[str]:
     if isinstance(got, Mapping) and isinstance(expected, Mapping):
         keys = [*expected, *(k for k in got if k not in expected)]
         return [
-            d
-            for k in keys
-            for d in differences(got.get(k), expected.get(k), f"{prefix}.{k}" if prefix else str(k))
+            d for k in keys for d in differences(got.get(k), expected.get(k), f"{prefix}.{k}" if prefix else str(k))
         ]
     got = list(got) if isinstance(got, tuple) else got
     expected = list(expected) if isinstance(expected, tuple) else expected

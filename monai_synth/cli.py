@@ -112,9 +112,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     lidc.set_defaults(call=_prepare_lidc)
     lidc.add_argument("source", metavar="SRC", help="folder that holds the DICOM and XML files")
-    lidc.add_argument(
-        "out", metavar="OUT", help="folder to write; dataset.json, images/ and labels/ go into it"
-    )
+    lidc.add_argument("out", metavar="OUT", help="folder to write; dataset.json, images/ and labels/ go into it")
     lidc.add_argument(
         "--max-slice-thickness",
         type=float,
@@ -182,9 +180,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         description="Write DICOM series of artificial chests with the XML of four readers, to try out.",
     )
     phantom.set_defaults(call=_prepare_phantom)
-    phantom.add_argument(
-        "out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc OUT ..."
-    )
+    phantom.add_argument("out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc OUT ...")
     phantom.add_argument(
         "--patients",
         type=int,
@@ -206,9 +202,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows and columns of a slice; pixels, 64 to 1024 (default: %(default)s)",
     )
-    phantom.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)"
-    )
+    phantom.add_argument("--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)")
     _add_workers(phantom)
 
 
@@ -243,18 +237,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resamplings for the interval; 1 or more (default: %(default)s)",
     )
-    semantic.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the resampling; 0 or more (default: 0)"
-    )
-    semantic.add_argument(
-        "--report", metavar="FILE", help="also write the results to this JSON file (default: none)"
-    )
+    semantic.add_argument("--seed", type=int, default=0, metavar="N", help="of the resampling; 0 or more (default: 0)")
+    semantic.add_argument("--report", metavar="FILE", help="also write the results to this JSON file (default: none)")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes; 1 or more (default: one per CPU core)"
-    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; 1 or more (default: one per CPU core)")
 
 
 if __name__ == "__main__":

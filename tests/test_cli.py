@@ -196,9 +196,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "monai_synth", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"monai-synth {monai_synth.__version__}\n")
-    done = run(
-        sys.executable, "-m", "monai_synth", "evaluate", "semantic", str(tmp_path / "none"), cwd=tmp_path
-    )
+    done = run(sys.executable, "-m", "monai_synth", "evaluate", "semantic", str(tmp_path / "none"), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("monai-synth: ")
     assert done.stderr.count("\n") == 1

@@ -91,9 +91,7 @@ class _InProcess:
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
-def test_nnunet_reads_a_nifti_slice_in_the_orientation_and_spacing_it_was_given(
-    tmp_path: Path, reader: str
-) -> None:
+def test_nnunet_reads_a_nifti_slice_in_the_orientation_and_spacing_it_was_given(tmp_path: Path, reader: str) -> None:
     registry = pytest.importorskip("nnunetv2.imageio.reader_writer_registry")
     io = registry.recursive_find_reader_writer_by_name(reader)()
     writer = open_png(tmp_path, channel_names=["CT"], file_ending=".nii.gz")
@@ -211,9 +209,7 @@ def test_a_harmless_case_id_is_kept(case_id: str) -> None:
     assert sanitize_case_id(case_id) == case_id
 
 
-@pytest.mark.parametrize(
-    "case_id", ["../../etc/passwd", "a/b", "a b", ".hidden", "-o", "ü", "x" * 300, "a\\b", "\n"]
-)
+@pytest.mark.parametrize("case_id", ["../../etc/passwd", "a/b", "a b", ".hidden", "-o", "ü", "x" * 300, "a\\b", "\n"])
 def test_a_harmful_case_id_becomes_a_plain_file_name(case_id: str) -> None:
     safe = sanitize_case_id(case_id)
     assert safe == sanitize_case_id(safe)
@@ -339,9 +335,7 @@ def test_a_second_dataset_with_the_same_id_is_refused(tmp_path: Path) -> None:
         ({"labels": {"background": 0, "whole": (1, 2)}}, "renumber"),
     ],
 )
-def test_settings_that_nnunet_cannot_read_are_refused(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
+def test_settings_that_nnunet_cannot_read_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_png(tmp_path, **changes)
     assert not any(tmp_path.iterdir())
@@ -382,9 +376,7 @@ def test_a_case_that_nnunet_would_refuse_or_misread_is_refused(
     assert not any((writer.path / "imagesTr").iterdir())
 
 
-@pytest.mark.parametrize(
-    "spacing", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))]
-)
+@pytest.mark.parametrize("spacing", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))])
 def test_a_spacing_that_is_no_length_is_refused(tmp_path: Path, spacing: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match="2 positive lengths"):
         open_png(tmp_path, file_ending=".nii.gz").add("a", GREY, GREY, spacing=spacing)

@@ -158,9 +158,7 @@ class TestHowMuch:
         asked = request((10, 12), {"lobulation": 4.0, "texture": 2.0, "malignancy": 1})
         gradient = guide([[asked]], scales={"texture": 2.0, "malignancy": 0.5})(z, 100, variance)
         at = (10, 12)
-        regressed = gradient_of(z, at, "lobulation", 4, networks) + 2 * gradient_of(
-            z, at, "texture", 2, networks
-        )
+        regressed = gradient_of(z, at, "lobulation", 4, networks) + 2 * gradient_of(z, at, "texture", 2, networks)
         regressed = regressed * asked.region
         moved = z + variance * regressed
         malignancy = 0.5 * gradient_of(moved, at, "malignancy", 1, networks) * asked.region
@@ -182,9 +180,7 @@ class TestHowMuch:
         asked, networks = request((10, 12), {"texture": 1.0}), classifiers()
         gradient = guide([[asked]], networks, decode="decode_first")(latents(), 100, 0.01)
         rows, columns = latent_window((10, 12), CROP, (SIZE, SIZE))
-        pixels = Decoder()(latents())[
-            :, :, 2 * rows.start : 2 * rows.stop, 2 * columns.start : 2 * columns.stop
-        ]
+        pixels = Decoder()(latents())[:, :, 2 * rows.start : 2 * rows.stop, 2 * columns.start : 2 * columns.stop]
         torch.testing.assert_close(networks["texture"].calls[0][0], pixels)
         z = latents().requires_grad_()
         pixels = Decoder()(z)[:, :, 2 * rows.start : 2 * rows.stop, 2 * columns.start : 2 * columns.stop]
@@ -309,9 +305,7 @@ class TestRequests:
         ]
 
     def test_a_one_pixel_nodule_has_a_region_of_its_latent_pixel_and_its_neighbours(self):
-        asked = nodule_requests(
-            self.label(), self.nodules(), self.FACTOR, features=("malignancy", "texture")
-        )[1]
+        asked = nodule_requests(self.label(), self.nodules(), self.FACTOR, features=("malignancy", "texture"))[1]
         expected = torch.zeros(16, 24, dtype=torch.bool)
         expected[1:4, 7:10] = True
         assert asked.center == (2, 8)
@@ -378,8 +372,6 @@ def test_requests_that_do_not_fit_the_latents_are_refused():
     with pytest.raises(UserError, match=r"1 samples.*2 latents"):
         guide([[]])(latents(2), 5, 0.1)
     with pytest.raises(UserError, match="region has shape"):
-        guide([[NoduleRequest((1, 1), torch.ones(4, 4, dtype=torch.bool), {"texture": 1.0})]])(
-            latents(), 5, 0.1
-        )
+        guide([[NoduleRequest((1, 1), torch.ones(4, 4, dtype=torch.bool), {"texture": 1.0})]])(latents(), 5, 0.1)
     with pytest.raises(UserError, match="crop_size_latent 8 is larger"):
         guide([[]])(latents()[..., :4], 5, 0.1)

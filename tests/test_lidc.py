@@ -194,9 +194,7 @@ class TestSplit:
     def test_every_patient_is_in_one_split_of_the_wanted_size(self) -> None:
         assert self.sizes(1000) == (860, 30, 110)
 
-    @pytest.mark.parametrize(
-        ("num", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (9, (7, 1, 1))]
-    )
+    @pytest.mark.parametrize(("num", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (9, (7, 1, 1))])
     def test_few_patients_still_train_first(self, num: int, sizes: tuple[int, ...]) -> None:
         assert self.sizes(num) == sizes
 
@@ -306,9 +304,7 @@ class TestRefusal:
         assert message.startswith(f"{option} is ")
         assert "allowed is" in message
 
-    def test_an_output_that_exists_is_refused_and_replaced_only_if_it_is_a_dataset(
-        self, tmp_path: Path
-    ) -> None:
+    def test_an_output_that_exists_is_refused_and_replaced_only_if_it_is_a_dataset(self, tmp_path: Path) -> None:
         source, out = source_of(tmp_path), tmp_path / "out"
         prepare(source, out)
         self.before = digests(out)
@@ -338,9 +334,7 @@ class TestRefusal:
 
 
 class TestInterruption:
-    def test_a_full_disk_leaves_nothing_and_says_so(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_full_disk_leaves_nothing_and_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, out = source_of(tmp_path), tmp_path / "out"
         real, calls = Path.write_bytes, []
 
@@ -355,9 +349,7 @@ class TestInterruption:
             prepare(source, out)
         assert sorted(p.name for p in tmp_path.iterdir()) == [source.name]
 
-    def test_ctrl_c_leaves_nothing_and_keeps_what_was_there(
-        self, tmp_path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ctrl_c_leaves_nothing_and_keeps_what_was_there(self, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, out = source_of(tmp_path), tmp_path / "out"
         prepare(source, out)
         before = digests(tmp_path)
@@ -370,9 +362,7 @@ class TestInterruption:
             prepare(source, out, overwrite=True)
         assert digests(tmp_path) == before
 
-    def test_a_scan_writes_nothing_before_all_of_it_is_done(
-        self, tmp_path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_scan_writes_nothing_before_all_of_it_is_done(self, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         written: list[Path] = []
         monkeypatch.setattr(lidc_scan, "semantic_map", lambda *_, **__: 1 / 0)
         monkeypatch.setattr(Path, "write_bytes", lambda self, _: written.append(self))
@@ -393,9 +383,7 @@ class TestInterruption:
         assert digests(out) == before
         assert not partial.exists()
 
-    def test_two_runs_into_one_folder_are_kept_apart(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_two_runs_into_one_folder_are_kept_apart(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, out = source_of(tmp_path), tmp_path / "out"
         real = lidc.prepare_scan
 
@@ -436,12 +424,9 @@ class TestInterruption:
         source, out = source_of(tmp_path, 3), tmp_path / "out"
         script = tmp_path / "run.py"
         script.write_text(
-            "import sys\nfrom monai_synth.data.lidc import prepare_lidc\n"
-            "prepare_lidc(*sys.argv[1:3], num_workers=2)\n"
+            "import sys\nfrom monai_synth.data.lidc import prepare_lidc\nprepare_lidc(*sys.argv[1:3], num_workers=2)\n"
         )
-        run = subprocess.run(
-            [sys.executable, script, source, out], capture_output=True, text=True, check=False
-        )
+        run = subprocess.run([sys.executable, script, source, out], capture_output=True, text=True, check=False)
         assert run.returncode != 0
         assert "without `if __name__ == '__main__':`. Use --num_workers 1 or mend the script" in run.stderr
         assert not out.exists()

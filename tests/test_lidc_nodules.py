@@ -74,9 +74,7 @@ def test_corners_alone_give_the_same_mask_as_every_border_pixel() -> None:
     np.testing.assert_array_equal(drawn(roi(corners)), drawn(roi(square(7, 9, 3))))
 
 
-@pytest.mark.parametrize(
-    "xy", [[(5, 5)], [(5, 5), (6, 5)], [(5, 5), (6, 5), (7, 5), (6, 5)], [(5, 5), (9, 9), (5, 5)]]
-)
+@pytest.mark.parametrize("xy", [[(5, 5)], [(5, 5), (6, 5)], [(5, 5), (6, 5), (7, 5), (6, 5)], [(5, 5), (9, 9), (5, 5)]])
 def test_a_point_and_an_outline_one_pixel_wide_enclose_nothing(xy: list[tuple[int, int]]) -> None:
     assert not drawn(roi(xy)).any()
 

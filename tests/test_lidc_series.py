@@ -178,9 +178,7 @@ def setting(**values: object) -> Callable[[Path], None]:
         (setting(SeriesInstanceUID=None), "incomplete_header", "has no SeriesInstanceUID"),
     ],
 )
-def test_each_fault_of_a_file_is_one_message_that_names_it(
-    tmp_path: Path, change, code: str, message: str
-) -> None:
+def test_each_fault_of_a_file_is_one_message_that_names_it(tmp_path: Path, change, code: str, message: str) -> None:
     path = Path(saved(tmp_path, ct_slice()))
     change(path)
     found = inspect_file(str(path))
@@ -192,9 +190,7 @@ def test_each_fault_of_a_file_is_one_message_that_names_it(
     assert "\n" not in problem.message
 
 
-def test_compression_without_a_decoder_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compression_without_a_decoder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ct_slice()
     data.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(64)])
     data["PixelData"].VR = "OB"

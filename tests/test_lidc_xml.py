@@ -66,9 +66,7 @@ def test_the_repeated_last_point_of_a_closed_outline_is_dropped_and_the_order_ke
 
 def test_zeros_and_ratings_beyond_their_scale_are_absent() -> None:
     ratings = RATINGS | {"malignancy": 0, "internal_structure": 5, "calcification": 6}
-    nodule = (
-        parse(message_xml(1, [nodule_xml(roi_xml(1, 0, square(3, 5, 2)), ratings)])).sessions[0].nodules[0]
-    )
+    nodule = parse(message_xml(1, [nodule_xml(roi_xml(1, 0, square(3, 5, 2)), ratings)])).sessions[0].nodules[0]
     assert set(RATINGS) - set(nodule.ratings) == {"malignancy", "internal_structure"}
     assert nodule.ratings["calcification"] == 6
 

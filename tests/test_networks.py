@@ -153,9 +153,7 @@ class TestUNet:
     def test_samples_of_a_batch_do_not_mix(self):
         network = randomise(unet())
         x, t, seg = inputs()
-        torch.testing.assert_close(
-            network(x, t, seg)[1:], network(x[1:], t[1:], seg[1:]), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(network(x, t, seg)[1:], network(x[1:], t[1:], seg[1:]), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("spatial_dims", [2, 3])
     @pytest.mark.parametrize("factor", [1, 4])
@@ -175,9 +173,7 @@ class TestUNet:
     def test_a_finer_map_counts_as_its_pooled_one(self):
         network = randomise(unet())
         x, t, seg = inputs(factor=4)
-        torch.testing.assert_close(
-            network(x, t, seg), network(x, t, pool_semantic(seg, (8, 8))), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(network(x, t, seg), network(x, t, pool_semantic(seg, (8, 8))), rtol=0, atol=1e-6)
 
     def test_without_spade_the_map_is_neither_needed_nor_used(self):
         network = randomise(unet(spade_in=()))
@@ -287,11 +283,7 @@ class TestClassifier:
 
     def test_its_encoder_is_that_of_the_unet(self):
         """Same layers, same names: the U-Net without SPADE can lend its weights."""
-        own = {
-            k: v.shape
-            for k, v in self.classifier().state_dict().items()
-            if not k.startswith(("out", "conv_in"))
-        }
+        own = {k: v.shape for k, v in self.classifier().state_dict().items() if not k.startswith(("out", "conv_in"))}
         lender = {k: v.shape for k, v in unet(spade_in=()).state_dict().items()}
         assert own.items() <= lender.items()
 

@@ -34,9 +34,7 @@ def theirs(kind: type, spatial_dims: int, **options) -> nn.Module:
     """A network of MONAI or monai-generative, every parameter random."""
     widths = {"num_channels" if kind.__module__.startswith("generative") else "channels": CHANNELS}
     labels = {"label_nc": LABELS} if "SPADE" in kind.__name__ else {}
-    network = kind(
-        spatial_dims=spatial_dims, in_channels=3, out_channels=2, **widths, **labels, **OPTIONS, **options
-    )
+    network = kind(spatial_dims=spatial_dims, in_channels=3, out_channels=2, **widths, **labels, **OPTIONS, **options)
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.15
     return network.eval()
@@ -108,9 +106,7 @@ def test_weights_of_another_architecture_are_refused_and_nothing_is_loaded(optio
     assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "lost", ["conv_in.conv.weight", "middle_block.attention.attn.to_k.bias", "out.0.bias"]
-)
+@pytest.mark.parametrize("lost", ["conv_in.conv.weight", "middle_block.attention.attn.to_k.bias", "out.0.bias"])
 def test_a_truncated_state_dict_is_refused_by_the_name_of_what_is_lost(lost):
     state = theirs(SPADEDiffusionModelUNet, 2).state_dict()
     del state[lost]
@@ -127,6 +123,4 @@ def test_half_an_output_projection_is_not_taken_for_none():
 
 def test_class_embeddings_are_refused():
     with pytest.raises(UserError, match=r"1 unknown: class_embedding\.weight"):
-        ours(2, spade_in=()).load_monai_state_dict(
-            theirs(DiffusionModelUNet, 2, num_class_embeds=3).state_dict()
-        )
+        ours(2, spade_in=()).load_monai_state_dict(theirs(DiffusionModelUNet, 2, num_class_embeds=3).state_dict())

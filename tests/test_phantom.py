@@ -65,9 +65,7 @@ class TestFiles:
         planes = [pydicom.dcmread(next(root.rglob("1-004.dcm"))).pixel_array for root in (written, other)]
         assert np.abs(planes[0] - planes[1]).mean() > 20
 
-    def test_worker_processes_and_the_number_of_patients_do_not_change_a_patient(
-        self, written: Path, tmp_path: Path
-    ):
+    def test_worker_processes_and_the_number_of_patients_do_not_change_a_patient(self, written: Path, tmp_path: Path):
         more = write_phantom(tmp_path / "more", **SMALL | {"num_patients": 3, "num_workers": 2})
         assert files(written).items() < files(more).items()
 

@@ -68,9 +68,7 @@ def test_a_line_says_how_to_make_the_image_again(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(cut=st.integers(1, 400))
-def test_a_torn_last_line_is_dropped_and_written_again(
-    cut: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_torn_last_line_is_dropped_and_written_again(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("p") / "p.jsonl"
     writer = ProvenanceWriter(path)
     for number in range(3):
@@ -185,9 +183,7 @@ def test_a_strange_line_is_reported_by_its_number(tmp_path: Path, line: str) -> 
         read_provenance(tmp_path / "none.jsonl")
 
 
-def test_a_full_disk_leaves_whole_lines_and_the_case_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_whole_lines_and_the_case_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ProvenanceWriter(tmp_path / "p.jsonl")
     add(writer, 0)
     before = writer.path.read_bytes()
@@ -204,9 +200,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_case_undone(
     assert add(writer, 1)
 
 
-def test_a_write_that_the_disk_cuts_short_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_the_disk_cuts_short_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ProvenanceWriter(tmp_path / "p.jsonl")
     add(writer, 0)
     before = writer.path.read_bytes()
@@ -250,9 +244,7 @@ def test_a_killed_process_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
     assert len(read_provenance(path)) == len(records) + 1
 
 
-def test_the_hash_is_that_of_the_bytes_and_follows_a_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hash_is_that_of_the_bytes_and_follows_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"weights")
     assert sha256_of(path) == hashlib.sha256(b"weights").hexdigest()

@@ -25,9 +25,7 @@ EVERY_SAMPLER = pytest.mark.parametrize("name", SAMPLERS)
 
 def exact(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The best prediction of the noise for data N(0, DATA_STD^2)."""
-    abar = TABLE[
-        t[0]
-    ]  # one timestep for all; a table look-up for each of many samples would take all the time
+    abar = TABLE[t[0]]  # one timestep for all; a table look-up for each of many samples would take all the time
     return (1 - abar).sqrt() * x_t / (abar * DATA_STD**2 + 1 - abar)
 
 
@@ -39,11 +37,7 @@ def towards_target(x_t: torch.Tensor, t: int, variance: float) -> torch.Tensor:
 def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Something nonlinear that mixes neighbours."""
     kernel = torch.linspace(-0.3, 0.3, 9, device=x_t.device).view(1, 1, 3, 3).expand(2, 2, 3, 3)
-    return (
-        torch.tanh(torch.nn.functional.conv2d(x_t, kernel, padding=1))
-        + 0.5 * x_t
-        + t.view(-1, 1, 1, 1) / 2000
-    )
+    return torch.tanh(torch.nn.functional.conv2d(x_t, kernel, padding=1)) + 0.5 * x_t + t.view(-1, 1, 1, 1) / 2000
 
 
 class TestGuidance:
@@ -92,9 +86,7 @@ class TestGuidance:
     def test_a_zero_gradient_changes_no_bit(self, name):
         noise = initial_noise((2, 6, 6), make_generators([1, 2]))
         plain, guided = (
-            sample(
-                network, noise, make_sampler(name, SCALED, 12), guidance=g, generators=make_generators([1, 2])
-            )
+            sample(network, noise, make_sampler(name, SCALED, 12), guidance=g, generators=make_generators([1, 2]))
             for g in (None, lambda x_t, t, variance: torch.zeros_like(x_t))
         )
         assert torch.equal(plain, guided)
@@ -110,9 +102,7 @@ class TestGuidance:
         sample(network, torch.zeros(1, 2, 4, 4), make_sampler(name, SCALED, 5), guidance=listen)
         steps = sampling_timesteps(SCALED, 5)
         assert [t for t, _ in heard] == steps
-        expected = [
-            step_variance(SCALED, t, t_prev) for t, t_prev in zip(steps, [*steps[1:], -1], strict=True)
-        ]
+        expected = [step_variance(SCALED, t, t_prev) for t, t_prev in zip(steps, [*steps[1:], -1], strict=True)]
         assert [v for _, v in heard] == pytest.approx(expected, rel=1e-3)
         assert heard[-1][1] == 0
 

@@ -169,9 +169,7 @@ def test_ddim_loses_at_least_what_any_first_order_chain_loses(schedule, num_step
     """
     abars = table_of(schedule)[sampling_timesteps(schedule, num_steps)]
     angles = np.arctan(np.append(np.sqrt((1 - abars) / abars), 0) / DATA_STD)
-    start = math.sqrt(
-        abars[0] * DATA_STD**2 + 1 - abars[0]
-    )  # the chain starts with a std of 1 instead of this
+    start = math.sqrt(abars[0] * DATA_STD**2 + 1 - abars[0])  # the chain starts with a std of 1 instead of this
     predicted = DATA_STD * np.prod(np.cos(np.diff(angles))) / start
     measured = sampled_std("ddim", schedule, num_steps)
     assert measured == pytest.approx(predicted, rel=2e-4)
@@ -182,9 +180,7 @@ def test_ddim_loses_at_least_what_any_first_order_chain_loses(schedule, num_step
 def test_tables_equal_those_of_diffusers(schedule):
     table = alphas_cumprod(schedule)
     assert table.dtype == torch.float64
-    torch.testing.assert_close(
-        table.float(), diffusers.DDPMScheduler(**schedule).alphas_cumprod, rtol=2e-5, atol=1e-8
-    )
+    torch.testing.assert_close(table.float(), diffusers.DDPMScheduler(**schedule).alphas_cumprod, rtol=2e-5, atol=1e-8)
     assert (table.diff() < 0).all()
 
 
@@ -204,9 +200,7 @@ def test_timesteps_descend_without_repeats_from_pure_noise_to_the_last(schedule,
 def test_no_sampler_clips(schedule):
     """Latents have no bounds: data of std 30 must not come out within [-1, 1]."""
     for name in SAMPLERS:
-        x_0 = sample(
-            exact_denoiser(schedule, std=30.0), torch.full((64, 1), 2.0), make_sampler(name, schedule, 20)
-        )
+        x_0 = sample(exact_denoiser(schedule, std=30.0), torch.full((64, 1), 2.0), make_sampler(name, schedule, 20))
         assert x_0.abs().max() > 20, name
 
 

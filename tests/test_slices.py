@@ -79,7 +79,8 @@ def test_a_prepared_dataset_gives_absolute_paths_and_a_fingerprint_of_its_bytes(
     dataset = read_dataset(tiny_dataset, task="lidc")
     assert len(dataset.datalist("training")) == 12
     assert all(Path(case["image"]).is_file() for case in dataset.datalist("test"))
-    assert dataset.fingerprint != "" and dataset.labels["lung"] == 4
+    assert dataset.fingerprint != ""
+    assert dataset.labels["lung"] == 4
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,10 @@ def test_a_prepared_dataset_gives_absolute_paths_and_a_fingerprint_of_its_bytes(
         (lambda p: p.unlink(), "holds no dataset.json"),
         (lambda p: p.write_text("{"), "is not valid JSON"),
         (lambda p: p.write_text("{}"), "lacks name"),
-        (lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"task": "pairs"})), "prepared for task 'pairs'"),
+        (
+            lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"task": "pairs"})),
+            "prepared for task 'pairs'",
+        ),
     ],
 )
 def test_a_broken_dataset_folder_is_one_message(tiny_dataset: Path, tmp_path: Path, break_it, message: str) -> None:

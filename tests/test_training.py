@@ -86,7 +86,8 @@ def test_validation_draws_depend_on_the_item_and_not_on_its_batch() -> None:
 def test_training_draws_every_timestep_alike() -> None:
     prepare = LatentDiffusionPrepareBatch(SCHEDULE, scale_factor=1.0)
     t, _ = prepare.draw(torch.Size([20_000, 1]), torch.arange(20_000), 0)
-    assert t.min() == 0 and t.max() == 999
+    assert t.min() == 0
+    assert t.max() == 999
     counts = np.bincount(t.numpy() // 100, minlength=10)
     assert np.abs(counts - 2000).max() < 5 * np.sqrt(2000)
 
@@ -177,7 +178,8 @@ def test_a_finished_training_is_left_alone_and_a_longer_one_goes_on(tmp_path: Pa
     before = (tmp_path / "model.pt").read_bytes()
     trainer, checkpoint, _, losses = tiny_training(tmp_path, 2)
     run_training(trainer, checkpoint)
-    assert losses == [] and (tmp_path / "model.pt").read_bytes() == before
+    assert losses == []
+    assert (tmp_path / "model.pt").read_bytes() == before
     trainer, checkpoint, _, losses = tiny_training(tmp_path, 3)
     run_training(trainer, checkpoint)
     assert len(losses) == 5
@@ -236,7 +238,9 @@ def test_runs_of_processes_that_are_gone_are_marked_killed(mlflow_dir: Path, tmp
     dead = MLflowRun(mlflow_dir, experiment="lsdm", run="dead", params={}, checkpoint="m.pt")
     trainer, *_ = tiny_training(tmp_path / "a", 1)
     dead.start(trainer)
-    dead.client.set_tag(dead.cur_run.info.run_id, "monai_synth.process", f"{__import__('socket').gethostname()}/4194999")
+    dead.client.set_tag(
+        dead.cur_run.info.run_id, "monai_synth.process", f"{__import__('socket').gethostname()}/4194999"
+    )
     run = MLflowRun(mlflow_dir, experiment="lsdm", run="next", params={}, checkpoint="m.pt")
     run_training(*tiny_training(tmp_path / "b", 1, handlers=[run])[:2])
     assert dead.client.get_run(dead.cur_run.info.run_id).info.status == "KILLED"
@@ -244,7 +248,7 @@ def test_runs_of_processes_that_are_gone_are_marked_killed(mlflow_dir: Path, tmp
 
 def test_lpips_takes_its_trunk_from_a_local_file_and_says_where_to_get_it(tmp_path: Path) -> None:
     assert perceptual_loss(None, "alex", "cpu") is None
-    with pytest.raises(UserError, match="download the ImageNet state dict of torchvision's alex"):
+    with pytest.raises(UserError, match="download torchvision's ImageNet state dict of alex"):
         perceptual_loss(str(tmp_path / "alex.pth"), "alex", "cpu")
     try:
         import torchvision
@@ -256,7 +260,12 @@ def test_lpips_takes_its_trunk_from_a_local_file_and_says_where_to_get_it(tmp_pa
     loss = perceptual_loss(str(tmp_path / "alex.pth"), "alex", "cpu")
     reference = LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     reference.net.slice1[0].load_state_dict(trunk.features[0].state_dict())
-    for slice_, number in ((reference.net.slice2, 3), (reference.net.slice3, 6), (reference.net.slice4, 8), (reference.net.slice5, 10)):
+    for slice_, number in (
+        (reference.net.slice2, 3),
+        (reference.net.slice3, 6),
+        (reference.net.slice4, 8),
+        (reference.net.slice5, 10),
+    ):
         next(m for m in slice_ if isinstance(m, torch.nn.Conv2d)).load_state_dict(trunk.features[number].state_dict())
     a, b = torch.rand(2, 1, 64, 64) * 2 - 1, torch.rand(2, 1, 64, 64) * 2 - 1
     torch.testing.assert_close(loss(a, b), reference(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)).mean())

@@ -139,9 +139,7 @@ def split_patients(patients: Sequence[str], splits: Sequence[float], seed: int) 
         wanted = {"test": 1} if num == 2 and splits[2] > 0 else {}
     else:
         wanted = {
-            s: max(int(np.floor(share * num + 0.5)), 1)
-            for s, share in zip(_SPLITS, splits, strict=True)
-            if share > 0
+            s: max(int(np.floor(share * num + 0.5)), 1) for s, share in zip(_SPLITS, splits, strict=True) if share > 0
         }
     result, left = {}, num
     for split in ("test", "validation"):
@@ -201,9 +199,7 @@ def _refuse_or_count(found: Source, source: Path, skip_bad: bool) -> None:
         lines = [p.message for p in found.problems]
         if len(lines) > _MAX_REPORTED:
             lines = [*lines[:_MAX_REPORTED], f"... and {len(lines) - _MAX_REPORTED} more"]
-        head = (
-            f"source {source} has {len(found.problems)} unusable file(s) or series, so nothing is written; "
-        )
+        head = f"source {source} has {len(found.problems)} unusable file(s) or series, so nothing is written; "
         head += "mend them, or prepare the rest with --skip_bad:"
         raise UserError("\n  ".join([head, *lines]))
     for problem in found.problems:
@@ -213,9 +209,7 @@ def _refuse_or_count(found: Source, source: Path, skip_bad: bool) -> None:
 def _nothing_usable(found: Source, source: Path) -> str:
     got = Counter(found.skipped) + Counter(p.code for p in found.problems)
     counts = ", ".join(f"{k} {v}" for k, v in sorted(got.items()) if v) or "nothing"
-    need = (
-        "CT series with the LidcReadMessage XML of the same SeriesInstanceUID are needed, anywhere below it"
-    )
+    need = "CT series with the LidcReadMessage XML of the same SeriesInstanceUID are needed, anywhere below it"
     return f"source {source} holds no usable scan; got {found.num_files} files ({counts}). {need}"
 
 
@@ -313,6 +307,4 @@ def _write_link_table(path: Path, tasks: list[ScanTask], done: set[tuple[str, in
         os.replace(partial_path, path)
     except OSError as error:
         partial_path.unlink(missing_ok=True)
-        raise UserError(
-            f"link_table {path} cannot be written ({error.strerror}); the dataset is complete"
-        ) from error
+        raise UserError(f"link_table {path} cannot be written ({error.strerror}); the dataset is complete") from error

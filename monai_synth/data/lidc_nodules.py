@@ -90,9 +90,7 @@ def region(xy: Sequence[tuple[int, int]]) -> tuple[int, int, np.ndarray]:
     if len(points) > 2:
         inside[polygon(rows, cols, inside.shape)] = True
     for r0, c0, r1, c1 in zip(rows, cols, np.roll(rows, -1), np.roll(cols, -1), strict=True):
-        steps = max(
-            gcd(int(r1 - r0), int(c1 - c0)), 1
-        )  # lattice points on the edge, its first vertex included
+        steps = max(gcd(int(r1 - r0), int(c1 - c0)), 1)  # lattice points on the edge, its first vertex included
         k = np.arange(steps)
         inside[r0 + (r1 - r0) // steps * k, c0 + (c1 - c0) // steps * k] = False
     return int(row0), int(col0), inside
@@ -150,10 +148,7 @@ def overlap(a: BoxMask, b: BoxMask) -> float:
 
 def distance(a: BoxMask, b: BoxMask, spacing: Sequence[float]) -> float:
     """Smallest distance in mm between voxel centres of two masks; 0 where they share one."""
-    gap = [
-        max(y0 - x1 + 1, x0 - y1 + 1, 0)
-        for x0, x1, y0, y1 in zip(a.start, a.stop, b.start, b.stop, strict=True)
-    ]
+    gap = [max(y0 - x1 + 1, x0 - y1 + 1, 0) for x0, x1, y0, y1 in zip(a.start, a.stop, b.start, b.stop, strict=True)]
     lower_bound = float(np.hypot.reduce(np.multiply(gap, spacing)))
     if lower_bound > 3 * max(spacing):  # far apart: the boxes' distance decides just as well
         return lower_bound

@@ -40,9 +40,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     if not entries:
         return
     if not overwrite:
-        raise UserError(
-            f"output {out} exists and is not empty; name another folder, or replace it with --overwrite"
-        )
+        raise UserError(f"output {out} exists and is not empty; name another folder, or replace it with --overwrite")
     foreign = [name for name in entries if name not in _OWN_ENTRIES]
     for folder in ("images", "labels"):
         inside = sorted((out / folder).iterdir()) if (out / folder).is_dir() else []
@@ -75,9 +73,7 @@ def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         partial.mkdir(exist_ok=True)
         lock = open(partial / _LOCK, "w")  # noqa: SIM115  (held until the folder is in place)
     except OSError as error:
-        raise UserError(
-            f"output {out} cannot be written ({error.strerror}); name a folder you may write to"
-        ) from error
+        raise UserError(f"output {out} cannot be written ({error.strerror}); name a folder you may write to") from error
     with lock:
         if fcntl is not None:
             try:

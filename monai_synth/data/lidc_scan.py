@@ -111,9 +111,7 @@ def prepare_scan(task: ScanTask, out: Path, stopped: Callable[[], bool] = lambda
     for z in select_slices(areas, task.slice_fraction, task.min_nodule_area):
         image_hu = _read_unless(series.slices[z], stopped)
         nodule_label, table = nodules_on_slice(joined.nodules, z, series.shape, task.min_nodule_area)
-        label = semantic_map(
-            image_hu, nodule_label, series.spacing[1:], prior=prior.on_slice(z, series.shape)
-        )
+        label = semantic_map(image_hu, nodule_label, series.spacing[1:], prior=prior.on_slice(z, series.shape))
         case_id = f"{task.patient}-s{task.scan}-z{z:04d}"
         case = {
             "image": f"images/{case_id}.png",

@@ -112,9 +112,7 @@ def inspect_file(path: str) -> SliceFile | ReadingFile | Problem | str | None:
         with open(path, "rb") as stream:
             head = stream.read(4096)
     except OSError as error:
-        return Problem(
-            "unreadable", f"{path}: cannot be read ({error.strerror}); mend its permissions or {_MEND}"
-        )
+        return Problem("unreadable", f"{path}: cannot be read ({error.strerror}); mend its permissions or {_MEND}")
     if head[128:132] == b"DICM" or head[:6] in (
         b"\x08\x00\x00\x00\x04\x00",
         b"\x08\x00\x05\x00CS",
@@ -142,9 +140,8 @@ def _inspect_dicom(path: str) -> SliceFile | Problem | str:
             left = Path(path).stat().st_size - stream.tell()
         modality = str(header.get("Modality", ""))
         if not modality and "SOPClassUID" not in header:
-            if (
-                "MediaStorageSOPClassUID" in header.file_meta
-                and header.file_meta.MediaStorageSOPClassUID.endswith(".1.3.10")
+            if "MediaStorageSOPClassUID" in header.file_meta and header.file_meta.MediaStorageSOPClassUID.endswith(
+                ".1.3.10"
             ):
                 return "not_ct"  # DICOMDIR
             return Problem("truncated", f"{path}: the DICOM header ends before the modality; {_MEND}")
@@ -154,9 +151,7 @@ def _inspect_dicom(path: str) -> SliceFile | Problem | str:
             return "localizer"
         missing = [t for t in ("SOPInstanceUID", "SeriesInstanceUID") if not header.get(t)]
         if missing:
-            return Problem(
-                "incomplete_header", f"{path}: the CT header has no {' and no '.join(missing)}; {_MEND}"
-            )
+            return Problem("incomplete_header", f"{path}: the CT header has no {' and no '.join(missing)}; {_MEND}")
         thickness = header.get("SliceThickness")
         problem = _pixel_problem(path, header, left)
         geometry = {} if problem else _geometry(header)
@@ -331,9 +326,7 @@ def read_hu(file: SliceFile) -> np.ndarray:
         padding = data.get("PixelPaddingValue")
         limit = data.get("PixelPaddingRangeLimit")
     except Exception as error:  # decoders raise whatever broken pixels lead them to
-        raise UserError(
-            f"{file.path}: its pixels cannot be decoded ({_first_line(error)}); {_MEND}"
-        ) from error
+        raise UserError(f"{file.path}: its pixels cannot be decoded ({_first_line(error)}); {_MEND}") from error
     if stored.shape != file.shape:
         raise UserError(f"{file.path}: decodes to {stored.shape}, its header says {file.shape}; {_MEND}")
     hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)

@@ -65,15 +65,11 @@ def find_scans(
         UserError: it is no folder, or holds no file.
     """
     if not source.is_dir():
-        raise UserError(
-            f"source {source} is not a folder; give the folder that holds LIDC-IDRI (DICOM and XML)"
-        )
+        raise UserError(f"source {source} is not a folder; give the folder that holds LIDC-IDRI (DICOM and XML)")
     found = Source()
     paths = sorted(_files_below(source, leave_out, found.problems))
     if not paths and not found.problems:
-        raise UserError(
-            f"source {source} holds no file; give the folder that holds LIDC-IDRI (DICOM and XML)"
-        )
+        raise UserError(f"source {source} holds no file; give the folder that holds LIDC-IDRI (DICOM and XML)")
     chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
     found.num_files, slices, readings = len(paths), [], []
     workers = num_workers if len(chunks) > 8 else 1
@@ -135,9 +131,7 @@ def _one_reading_per_series(found: Source, readings: list[ReadingFile]) -> dict[
     return paths
 
 
-def _match(
-    found: Source, groups: dict[str, list[SliceFile]], readings: dict[str, str], thickest: float
-) -> None:
+def _match(found: Source, groups: dict[str, list[SliceFile]], readings: dict[str, str], thickest: float) -> None:
     found.skipped["reading_without_series"] += len(readings.keys() - groups.keys())
     for uid, files in groups.items():
         thickness = slice_thickness(files)

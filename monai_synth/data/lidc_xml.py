@@ -112,9 +112,7 @@ def read_lidc_xml(path: str | Path) -> LidcReading:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); mend its permissions or leave it out"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions or leave it out") from error
     return parse_lidc_xml(content, str(path))
 
 
@@ -141,9 +139,7 @@ def parse_lidc_xml(content: bytes, name: str = "<memory>") -> LidcReading:
     try:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
-        msg = (
-            f"{name}: is no well-formed XML ({error}); take the file from its publisher again or leave it out"
-        )
+        msg = f"{name}: is no well-formed XML ({error}); take the file from its publisher again or leave it out"
         raise UserError(msg) from error
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -174,9 +170,7 @@ def _as_utf8(content: bytes, name: str) -> bytes:
     try:
         text = content.decode(encoding)
     except (UnicodeDecodeError, LookupError) as error:
-        raise UserError(
-            f"{name}: is no text in its own encoding {encoding!r} ({error}); leave it out"
-        ) from error
+        raise UserError(f"{name}: is no text in its own encoding {encoding!r} ({error}); leave it out") from error
     return re.sub(r"^\s*<\?xml[^>]*\?>", "", text, count=1).lstrip().encode("utf-8")
 
 
@@ -201,9 +195,7 @@ def _points(element: ElementTree.Element, tag: str, name: str) -> tuple[tuple[in
     try:  # the common case, without a message to prepare: 350 000 points in 300 files
         points = [(int(p.findtext("xCoord")), int(p.findtext("yCoord"))) for p in element.iterfind(tag)]
     except (TypeError, ValueError):
-        points = [
-            (_number(p, "xCoord", int, name), _number(p, "yCoord", int, name)) for p in element.iterfind(tag)
-        ]
+        points = [(_number(p, "xCoord", int, name), _number(p, "yCoord", int, name)) for p in element.iterfind(tag)]
     if len(points) > 1 and points[0] == points[-1]:
         points.pop()
     return tuple(points)

@@ -118,9 +118,7 @@ class LungPrior:
         return near.repeat(self.factor, 0).repeat(self.factor, 1)[: shape[0], : shape[1]]
 
 
-def lung_mask(
-    image_hu: np.ndarray, spacing: tuple[float, float], prior: np.ndarray | None = None
-) -> np.ndarray:
+def lung_mask(image_hu: np.ndarray, spacing: tuple[float, float], prior: np.ndarray | None = None) -> np.ndarray:
     """Lungs of an axial slice; empty where there are none.
 
     K-means separates air from tissue inside the body, erosion and dilation part the airways from the lung,
@@ -170,9 +168,7 @@ def _lung_pieces(
         middle = piece & inner[where]
         median = np.median(image_hu[where][middle if middle.any() else piece])
         in_lungs = prior is None or bool((prior[where] & piece).any())
-        kept[index] = (
-            area >= _MIN_AREA and in_lungs and median > (_AIR_HU if area < _LARGE_AREA else _AIR_HU_LARGE)
-        )
+        kept[index] = area >= _MIN_AREA and in_lungs and median > (_AIR_HU if area < _LARGE_AREA else _AIR_HU_LARGE)
     return kept[pieces]
 
 
@@ -196,9 +192,7 @@ def _precise(
     return (field < threshold) & _dilated(filled, 1.5)
 
 
-def _specks(
-    image_hu: np.ndarray, rest: np.ndarray, close: np.ndarray, spacing: tuple[float, float]
-) -> np.ndarray:
+def _specks(image_hu: np.ndarray, rest: np.ndarray, close: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:
     """Small bits close to the lung that are no air, such as lung between a nodule and the chest wall."""
     pieces, num = ndimage.label(rest)
     index = np.arange(num + 1)

@@ -151,9 +151,7 @@ def _parenchyma(grid: Grid, who: Habitus, lung: Array, rng: np.random.Generator)
         volume = len(inside) * grid.pixel_mm**2 * SLICE_MM
         for root, density in ((artery, 3.2e-4), (vein, 2.2e-4)):
             count = int(np.clip(volume * density, 8, 420))
-            spots = grid.position(inside[rng.integers(0, len(inside), count)]) + rng.normal(
-                0, 0.6, (count, 3)
-            )
+            spots = grid.position(inside[rng.integers(0, len(inside), count)]) + rng.normal(0, 0.6, (count, 3))
             start = np.array(root, dtype=float)
             # What lies between the slab and the hilum is not drawn, but its branches come from there.
             beyond = start + (spots[: count // 2] - start) * rng.uniform(0.25, 0.95, (count // 2, 1))
@@ -198,10 +196,7 @@ def _place_nodules(grid: Grid, lung: Array, rng: np.random.Generator) -> list[No
             good = [
                 p
                 for p in tries
-                if all(
-                    np.linalg.norm(p - n.center) > 1.25 * (radius + n.diameter_mm / 2) + gaps[0]
-                    for n in nodules
-                )
+                if all(np.linalg.norm(p - n.center) > 1.25 * (radius + n.diameter_mm / 2) + gaps[0] for n in nodules)
             ]
             if not good:
                 continue
@@ -214,9 +209,7 @@ def _place_nodules(grid: Grid, lung: Array, rng: np.random.Generator) -> list[No
     return nodules
 
 
-def _small_spots(
-    grid: Grid, lung: Array, nodules: list[Nodule], rng: np.random.Generator
-) -> list[tuple[Array, float]]:
+def _small_spots(grid: Grid, lung: Array, nodules: list[Nodule], rng: np.random.Generator) -> list[tuple[Array, float]]:
     """Centres and radii of nodules under 3 mm, away from the larger ones."""
     spots = np.argwhere(lung < -6)
     if not len(spots):
@@ -312,9 +305,7 @@ def write_phantom(
     out = Path(out)
     _check(out, num_patients, num_slices, matrix, seed, num_workers)
     if num_workers is None:
-        num_workers = min(
-            os.cpu_count() or 1, -(-num_patients // 4)
-        )  # a worker's start costs about two patients
+        num_workers = min(os.cpu_count() or 1, -(-num_patients // 4))  # a worker's start costs about two patients
     try:
         with whole_folder(out, overwrite=False) as work:
             jobs = [(str(work), seed, index, num_slices, matrix) for index in range(1, num_patients + 1)]
@@ -327,9 +318,7 @@ def write_phantom(
     return out
 
 
-def _check(
-    out: Path, num_patients: int, num_slices: int, matrix: int, seed: int, num_workers: int | None
-) -> None:
+def _check(out: Path, num_patients: int, num_slices: int, matrix: int, seed: int, num_workers: int | None) -> None:
     """Refuse what cannot be written, before anything is."""
     given = {"num_patients": num_patients, "num_slices": num_slices, "matrix": matrix, "seed": seed}
     given["num_workers"] = 1 if num_workers is None else num_workers

@@ -93,9 +93,7 @@ def _draw_organs(grid: Grid, who: Habitus, rng: np.random.Generator, hu: Array, 
             hit = capsule(grid, np.array(a[:3]), np.array(b[:3]), (a[3], b[3]), reach)
             _paint(hu, organs, hit, value, px)
 
-    def ball(
-        center: tuple[float, float, float], half: tuple[float, float, float], turn: float, value: float
-    ) -> None:
+    def ball(center: tuple[float, float, float], half: tuple[float, float, float], turn: float, value: float) -> None:
         _paint(hu, organs, ellipsoid(grid, np.array(center), np.array(half), turn, reach), value, px)
 
     # Heart: pericardial fat, muscle, then the chambers.
@@ -149,14 +147,10 @@ def _dome(grid: Grid, who: Habitus) -> Array:
         y = y / (np.where(y > 0, 66, 108) * who.depth)
         return top - 46 * (x * x + y * y) - 8 * np.clip(y, 0, 2)
 
-    return np.where(grid.x < 0, half((-62, -10), who.dome_z), half((66, -6), who.dome_z - 13)).astype(
-        np.float32
-    )
+    return np.where(grid.x < 0, half((-62, -10), who.dome_z), half((66, -6), who.dome_z - 13)).astype(np.float32)
 
 
-def _draw_abdomen(
-    grid: Grid, who: Habitus, wall: ChestWall, hu: Array, dome: Array, marble: Array, k: int
-) -> None:
+def _draw_abdomen(grid: Grid, who: Habitus, wall: ChestWall, hu: Array, dome: Array, marble: Array, k: int) -> None:
     """What lies under the diaphragm: liver, spleen and stomach."""
     px, z, x, y = grid.pixel_mm, float(grid.z[k]), grid.x, grid.y
     under = soft((z - dome) * 0.6, px) * soft(wall.radius - wall.at(wall.cavity, k) + 1, px)

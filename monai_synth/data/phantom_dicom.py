@@ -146,8 +146,7 @@ def lidc_xml(
             for k, outline in sorted(reading.contours.items(), reverse=True):
                 lines += ["    <roi>", *place(k), "      <inclusion>TRUE</inclusion>"]
                 lines += [
-                    f"      <edgeMap><xCoord>{col}</xCoord><yCoord>{row}</yCoord></edgeMap>"
-                    for row, col in outline
+                    f"      <edgeMap><xCoord>{col}</xCoord><yCoord>{row}</yCoord></edgeMap>" for row, col in outline
                 ]
                 lines.append("    </roi>")
             lines.append("  </unblindedReadNodule>")

@@ -159,15 +159,11 @@ def paint_nodule(hu: Array, lung: Array, nodule: Nodule, grid: Grid, rng: np.ran
             hit = capsule(grid, nodule.center + 0.8 * ray, tip, (0.7, 0.3), 1.0, slab=1.5)
             if hit is None:
                 continue
-            inner = tuple(
-                slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(hit[0], box, strict=True)
-            )
+            inner = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(hit[0], box, strict=True))
             if any(s.stop <= s.start for s in inner):
                 continue
             here = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(inner, box, strict=True))
-            there = tuple(
-                slice(s.start - a.start, s.stop - a.start) for s, a in zip(inner, hit[0], strict=True)
-            )
+            there = tuple(slice(s.start - a.start, s.stop - a.start) for s, a in zip(inner, hit[0], strict=True))
             np.maximum(fine[here], 0.5 * soft(hit[1][there], px), out=fine[here])
         blend(hu[box], min(value, 0.0), fine)
 

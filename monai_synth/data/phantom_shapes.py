@@ -78,9 +78,7 @@ class Grid:
     def box(self, points: Array, reach_mm: float) -> Box | None:
         """Index box that holds all `points` (N, 3) with `reach_mm` around them; None if off the grid."""
         voxels = self.voxel(points)
-        reach = (reach_mm + (0 if self.bend is None else BEND_MM)) / np.array(
-            [SLICE_MM, self.pixel_mm, self.pixel_mm]
-        )
+        reach = (reach_mm + (0 if self.bend is None else BEND_MM)) / np.array([SLICE_MM, self.pixel_mm, self.pixel_mm])
         low = np.maximum(np.ceil(voxels.min(0) - reach), 0).astype(int)
         high = np.minimum(np.floor(voxels.max(0) + reach) + 1, self.shape).astype(int)
         if np.any(high <= low):

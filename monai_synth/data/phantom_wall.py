@@ -105,16 +105,9 @@ class ChestWall:
         muscle = 5 + 6 * _bump(phi, 1.1, 0.5) + 13 * _bump(phi, 0.33, 0.22)
         girdle = 26 * _bump(phi, 0.9, 0.45) + 14 * _bump(phi, 2.4, 0.42) + 9 * _bump(phi, 1.55, 0.3)
         muscle = muscle + upper * girdle
-        skin = _superellipse(
-            phi, profile(_BODY, "half"), profile(_BODY, "front"), profile(_BODY, "back"), 2.25
-        )
+        skin = _superellipse(phi, profile(_BODY, "half"), profile(_BODY, "front"), profile(_BODY, "back"), 2.25)
         lower = np.exp(-(((z + 45) / 38) ** 2))[:, None]
-        skin = (
-            skin
-            + (who.fat_mm - 8)
-            + who.breast_mm * lower * _bump(phi, 2.33, 0.24)
-            - 2 * _bump(phi, 0.0, 0.12)
-        )
+        skin = skin + (who.fat_mm - 8) + who.breast_mm * lower * _bump(phi, 2.33, 0.24) - 2 * _bump(phi, 0.0, 0.12)
         self.skin = np.maximum(skin, self.cavity + 12 + 0.5 * muscle)
         arms = 0.85 * (np.clip((z - 15) / 60, 0, 1))[:, None] * _bump(phi, 1.45, 0.85)
         muscle = muscle + arms * np.maximum(self.skin - who.fat_mm - 5 - self.cavity - 11 - muscle, 0)
@@ -147,9 +140,7 @@ def draw_wall(grid: Grid, who: Habitus, wall: ChestWall, hu: Array, marble: Arra
     armpit = ellipse(side - 121 * who.width, y - 8, (13, 19), -0.3)
     blend(hu, FAT, soft(armpit, 3) * soft(4 - tissue, 3) * float(np.exp(-(((z - 42) / 26) ** 4))))
     if who.breast_mm:
-        gland = (
-            np.clip(marble - 0.3, 0, 1) * soft(ellipse(side - 78, y + 92, (34, 15)), 8) * soft(skin + 7, 4)
-        )
+        gland = np.clip(marble - 0.3, 0, 1) * soft(ellipse(side - 78, y + 92, (34, 15)), 8) * soft(skin + 7, 4)
         blend(hu, 25.0, gland * soft(5 - outer, 4) * np.exp(-(((z + 45) / 35) ** 2)))
     # Fat planes between the muscles.
     middle = 0.5 * (outer + tissue) + 1.5 * marble
@@ -183,9 +174,7 @@ def draw_wall(grid: Grid, who: Habitus, wall: ChestWall, hu: Array, marble: Arra
     _draw_scapula(who, wall, hu, side, y, z, px, k)
 
 
-def _draw_scapula(
-    who: Habitus, wall: ChestWall, hu: Array, side: Array, y: Array, z: float, px: float, k: int
-) -> None:
+def _draw_scapula(who: Habitus, wall: ChestWall, hu: Array, side: Array, y: Array, z: float, px: float, k: int) -> None:
     """Shoulder blade: a thin bent plate in the muscle behind the ribs, thick towards the arm."""
     if z < -35:
         return

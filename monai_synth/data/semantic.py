@@ -45,9 +45,7 @@ FEATURES: tuple[str, ...] = (
 HU_MAX = 800
 HU_BANDS = ((-400, "body"), (0, "soft_tissue"), (200, "high_dense"))
 _SPECK_AREA = 4.0  # mm^2
-NODULE_LABELS = frozenset(
-    LABELS[name] for name in ("nodule_benign", "nodule_indeterminate", "nodule_malignant")
-)
+NODULE_LABELS = frozenset(LABELS[name] for name in ("nodule_benign", "nodule_indeterminate", "nodule_malignant"))
 
 
 def window_to_uint8(image_hu: np.ndarray) -> np.ndarray:

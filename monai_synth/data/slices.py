@@ -99,9 +99,7 @@ class ReadPNGd(MapTransform):
 class PrepareLabeld(MapTransform):
     """Check label values, then :func:`resize_semantic`; output is uint8."""
 
-    def __init__(
-        self, keys: KeysCollection, size: Sequence[int], num_labels: int, name_key: str = "case_id"
-    ) -> None:
+    def __init__(self, keys: KeysCollection, size: Sequence[int], num_labels: int, name_key: str = "case_id") -> None:
         super().__init__(keys)
         self.size = tuple(size)
         self.num_labels = num_labels
@@ -141,7 +139,5 @@ def with_random_crops(preprocessing: Compose, crop_size: Sequence[int], num_crop
     """The preprocessing followed by ``num_crops`` random crops of the image; none where that is 0."""
     if num_crops == 0:
         return preprocessing
-    crop = RandSpatialCropSamplesd(
-        keys="image", roi_size=tuple(crop_size), num_samples=num_crops, random_size=False
-    )
+    crop = RandSpatialCropSamplesd(keys="image", roi_size=tuple(crop_size), num_samples=num_crops, random_size=False)
     return Compose([*preprocessing.transforms, crop])

@@ -236,9 +236,7 @@ def evaluate_folders(
         raise UserError(msg)
     results = []
     for folder in folders:
-        result = evaluate_folder(
-            folder, split=split, max_cases=max_cases, num_bootstrap=num_bootstrap, seed=seed
-        )
+        result = evaluate_folder(folder, split=split, max_cases=max_cases, num_bootstrap=num_bootstrap, seed=seed)
         results.append(result)
         yield format_result(result)
     if report is not None:
@@ -262,9 +260,7 @@ def _to_semantic(label: np.ndarray, names: Mapping[str, int], pair: CtPair) -> n
     """A dataset's own label values as those of ``LABELS``, by name."""
     unknown = sorted(set(np.unique(label).tolist()) - set(names.values()))
     if unknown:
-        msg = (
-            f"{pair.label} has values {unknown[:8]}, dataset.json has {dict(names)}; write the dataset again"
-        )
+        msg = f"{pair.label} has values {unknown[:8]}, dataset.json has {dict(names)}; write the dataset again"
         raise UserError(msg)
     table = np.zeros(max(names.values()) + 1, np.uint8)
     for name, value in names.items():

@@ -113,9 +113,7 @@ def checked_spacing(case: str, spacing: Sequence[float] | None, *, num_dims: int
         return (1.0,) * num_dims
     values = tuple(float(value) for value in spacing)
     if len(values) != num_dims or not all(0 < value < float("inf") for value in values):
-        msg = (
-            f"case {case!r}: spacing is {values}; give {num_dims} positive lengths in mm, one per array axis"
-        )
+        msg = f"case {case!r}: spacing is {values}; give {num_dims} positive lengths in mm, one per array axis"
         raise UserError(msg)
     return values
 

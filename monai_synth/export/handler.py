@@ -67,7 +67,11 @@ class LabelledImageExport:
         self.label_kind = label_kind
         self.intensity = dict(intensity)
         self.record = dict(record)
-        self.is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.is_main = not self.distributed or dist.get_rank() == 0
+        # rank 0 clears and begins the folder, the others then go on with it
+        if not self.is_main:
+            dist.barrier()
         self.writer = NNUNetRawWriter(
             output_dir,
             dataset_id=dataset_id,
@@ -75,11 +79,13 @@ class LabelledImageExport:
             channel_names=[channel],
             labels=dict(labels) if label_kind == "semantic" else {"background": 0, "nodule": 1},
             file_ending=file_ending,
-            overwrite=overwrite,
-            resume=resume,
+            overwrite=overwrite and self.is_main,
+            resume=resume or not self.is_main,
             settings={**self.record, "label_kind": label_kind},
         )
         self.provenance = ProvenanceWriter(self.writer.provenance_path)
+        if self.distributed and self.is_main:
+            dist.barrier()
 
     def is_done(self, case_id: str) -> bool:
         """Whether the image of this id and its line are there."""
@@ -120,7 +126,7 @@ class LabelledImageExport:
 
     def finish(self) -> Path:
         """Write ``dataset.json`` once all processes are done."""
-        if dist.is_available() and dist.is_initialized():
+        if self.distributed:
             dist.barrier()
         if self.is_main:
             self.writer.finish()

@@ -90,9 +90,7 @@ class NNUNetRawWriter:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         _check_settings(dataset_id, name, channel_names, labels, file_ending)
-        self.labels = {
-            str(key): int(value) for key, value in sorted(labels.items(), key=lambda item: item[1])
-        }
+        self.labels = {str(key): int(value) for key, value in sorted(labels.items(), key=lambda item: item[1])}
         self.channel_names = [str(channel) for channel in channel_names]
         self.file_ending = file_ending
         self.name = name
@@ -125,9 +123,7 @@ class NNUNetRawWriter:
             _remove_dataset(self.path)
         if record.is_file():
             if not resume:
-                msg = (
-                    f"{self.path} already exists; resume it, or overwrite it, or choose another id or folder"
-                )
+                msg = f"{self.path} already exists; resume it, or overwrite it, or choose another id or folder"
                 raise UserError(msg)
             self._compare(record)
         else:
@@ -176,9 +172,7 @@ class NNUNetRawWriter:
         """Whether both files of a case are there."""
         return self.image_path(case_id).is_file() and self.label_path(case_id).is_file()
 
-    def add(
-        self, case_id: str, image: np.ndarray, label: np.ndarray, *, spacing: Sequence[float] | None = None
-    ) -> str:
+    def add(self, case_id: str, image: np.ndarray, label: np.ndarray, *, spacing: Sequence[float] | None = None) -> str:
         """Write one case; one of an earlier, stopped run is replaced, to the same bytes for the same input.
 
         Args:
@@ -201,9 +195,7 @@ class NNUNetRawWriter:
             msg = f"case {safe!r} was already added in this run; give each case its own id"
             raise UserError(msg)
         num_channels = len(self.channel_names)
-        image = checked_image(
-            safe, np.asarray(image), file_ending=self.file_ending, num_channels=num_channels
-        )
+        image = checked_image(safe, np.asarray(image), file_ending=self.file_ending, num_channels=num_channels)
         spatial_shape = image.shape[:2] if num_channels > 1 else image.shape
         label = checked_label(safe, np.asarray(label), spatial_shape=spatial_shape, labels=self.labels)
         spacing = checked_spacing(safe, spacing, num_dims=len(spatial_shape))
@@ -221,10 +213,7 @@ class NNUNetRawWriter:
     def _files(self) -> tuple[set[str], set[str]]:
         image_end = f"_0000{self.file_ending}"
         images = {p.name[: -len(image_end)] for p in (self.path / "imagesTr").glob(f"[!.]*{image_end}")}
-        labels = {
-            p.name[: -len(self.file_ending)]
-            for p in (self.path / "labelsTr").glob(f"[!.]*{self.file_ending}")
-        }
+        labels = {p.name[: -len(self.file_ending)] for p in (self.path / "labelsTr").glob(f"[!.]*{self.file_ending}")}
         return images, labels
 
     def finish(self) -> Path:
@@ -272,9 +261,7 @@ def _check_settings(
         raise UserError(msg)
     if file_ending not in READER_WRITERS:
         allowed_endings = ", ".join(READER_WRITERS)
-        msg = (
-            f"file_ending is {file_ending!r}; allowed are {allowed_endings} (JPEG would change label values)"
-        )
+        msg = f"file_ending is {file_ending!r}; allowed are {allowed_endings} (JPEG would change label values)"
         raise UserError(msg)
     allowed = (1, 3) if file_ending == ".png" else (1,)
     if isinstance(channel_names, str) or len(channel_names) not in allowed:

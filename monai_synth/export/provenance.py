@@ -140,9 +140,7 @@ class ProvenanceWriter:
         }
         for role, digest in checkpoints.items():
             if not re.fullmatch(r"[0-9a-f]{64}", digest):
-                msg = (
-                    f"checkpoint {role!r} is {digest!r}; give its SHA-256, 64 hexadecimal digits (sha256_of)"
-                )
+                msg = f"checkpoint {role!r} is {digest!r}; give its SHA-256, 64 hexadecimal digits (sha256_of)"
                 raise UserError(msg)
         line = _line(record)
         _refuse_private(json.loads(line), case_id)

@@ -90,19 +90,14 @@ def find_cases(
     if label_dir is None:
         cases = [dict(case, source=split) for case in read_dataset(dataset_dir).datalist(split)]
         if not cases:
-            raise UserError(
-                f"split {split!r} of {dataset_dir} has no case; give another --split or a --label_dir"
-            )
+            raise UserError(f"split {split!r} of {dataset_dir} has no case; give another --split or a --label_dir")
     else:
         folder = Path(label_dir).expanduser()
         files = sorted(p for p in folder.glob("*") if p.name.endswith(MAP_ENDINGS)) if folder.is_dir() else []
         if not files:
-            raise UserError(
-                f"label_dir {folder} holds no label map; allowed are {', '.join(MAP_ENDINGS)} files"
-            )
+            raise UserError(f"label_dir {folder} holds no label map; allowed are {', '.join(MAP_ENDINGS)} files")
         cases = [
-            {"case_id": p.name.split(".")[0], "label": str(p), "nodules": None, "source": "label_dir"}
-            for p in files
+            {"case_id": p.name.split(".")[0], "label": str(p), "nodules": None, "source": "label_dir"} for p in files
         ]
     by_case: dict[str, dict[str, float]] = {}
     if requests is not None:
@@ -112,15 +107,11 @@ def find_cases(
         except (OSError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"requests {requests} cannot be read as JSON, case id -> features ({error})"
-            ) from error
+            raise UserError(f"requests {requests} cannot be read as JSON, case id -> features ({error})") from error
         unknown = sorted(set(by_case) - {c["case_id"] for c in cases})
         if unknown:
             known = ", ".join(c["case_id"] for c in cases[:3])
-            raise UserError(
-                f"requests {requests} names {unknown[:3]}, which are no cases; cases are {known}, ..."
-            )
+            raise UserError(f"requests {requests} names {unknown[:3]}, which are no cases; cases are {known}, ...")
     for case in cases:
         case["targets"] = everywhere | by_case.get(case["case_id"], {})
     return cases
@@ -158,9 +149,7 @@ class SamplingDataset(torch.utils.data.Dataset):
         process: tuple[int, int] = (0, 1),
     ) -> None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise UserError(
-                f"num_samples is {num_samples!r}, allowed are integers from 1; give --num_samples 32, say"
-            )
+            raise UserError(f"num_samples is {num_samples!r}, allowed are integers from 1; give --num_samples 32, say")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed is {seed!r}, allowed are integers from 0; give --seed 0, say")
         self.cases = list(cases)

@@ -147,22 +147,15 @@ class NoduleGuidance:
         crops = [latent_window(request.center, self.crop_size_latent, z.shape[2:]) for _, request in nodules]
         whole = (slice(None),) * (z.ndim - 2)
         windows = crops if self.decode == "crop_first" else [whole] * len(nodules)
-        latents = torch.stack(
-            [z[(i, slice(None), *window)] for (i, _), window in zip(nodules, windows, strict=True)]
-        )
+        latents = torch.stack([z[(i, slice(None), *window)] for (i, _), window in zip(nodules, windows, strict=True)])
         with torch.enable_grad():
             latents.requires_grad_()
             images = self.decoder(latents)
             if self.decode == "decode_first":
                 images = torch.stack(
-                    [
-                        _scaled_crop(image, crop, z.shape[2:])
-                        for image, crop in zip(images, crops, strict=True)
-                    ]
+                    [_scaled_crop(image, crop, z.shape[2:]) for image, crop in zip(images, crops, strict=True)]
                 )
-            log_p = sum(
-                self._log_p(name, images, t, [request for _, request in nodules]) for name in features
-            )
+            log_p = sum(self._log_p(name, images, t, [request for _, request in nodules]) for name in features)
             (gradients,) = torch.autograd.grad(log_p, latents)
         for (i, request), window, of_nodule in zip(nodules, windows, gradients, strict=True):
             inside = request.region.to(z.device)[window]
@@ -257,9 +250,7 @@ def nodule_requests(
     requests = []
     for nodule, mask in zip(nodules, found, strict=True):
         own = {name: nodule.get("malignant" if name == MALIGNANCY else name) for name in features}
-        asked = {
-            name: float(value) for name, value in (own | dict(targets or {})).items() if value is not None
-        }
+        asked = {name: float(value) for name, value in (own | dict(targets or {})).items() if value is not None}
         if asked:
             row, column = (int(c) // factor for c in nodule["center"])
             requests.append(NoduleRequest((row, column), _latent_region(mask, factor, dilation), asked))
@@ -301,6 +292,4 @@ def _latent_region(mask: np.ndarray, factor: int, dilation: int) -> Tensor:
 def _scaled_crop(image: Tensor, window: Sequence[slice], latent_shape: Sequence[int]) -> Tensor:
     """The part of a decoded image (C, H, W) that a window of the latent covers."""
     factors = [size // latent for size, latent in zip(image.shape[1:], latent_shape, strict=True)]
-    return image[
-        (slice(None), *(slice(w.start * f, w.stop * f) for w, f in zip(window, factors, strict=True)))
-    ]
+    return image[(slice(None), *(slice(w.start * f, w.stop * f) for w, f in zip(window, factors, strict=True)))]

@@ -75,23 +75,19 @@ def load_lsdm(
         num_labels=len(contract["labels"]),
         scale_factor=contract["scale_factor"],
     )
-    loaded = LSDMModel(
-        restore_network(model, path).to(device), codec.to(device), contract, checkpoints=checkpoints
-    )
+    loaded = LSDMModel(restore_network(model, path).to(device), codec.to(device), contract, checkpoints=checkpoints)
     shared = ("autoencoder_sha256", "scale_factor", "schedule", "image_size", "factor")
     for feature in features:
         name = f"classifier_{feature}.pt"
         if not (folder / name).is_file():
             msg = (
                 f"guidance asks for {feature}, but {folder / name} is not there; train it "
-                f"(train_classifier.json --feature {feature}), or leave it out of --features, or give --guidance_scale 0"
+                f"(train_classifier.json --feature {feature}), or drop it from --features, or give --guidance_scale 0"
             )
             raise UserError(msg)
         content = load_file(folder / name, stage="classifier")
         theirs = {key: content["contract"].get(key) for key in shared}
-        require_agreement(
-            theirs, {key: contract[key] for key in shared}, f"{folder / name} with {path}", remedy
-        )
+        require_agreement(theirs, {key: contract[key] for key in shared}, f"{folder / name} with {path}", remedy)
         if content.get("report", {}).get("converged") is False:
             logger.warning(
                 f"the classifier of {feature} did not converge (validation loss {content['report']['val_loss']:.3f}, "

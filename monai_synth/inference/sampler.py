@@ -19,9 +19,7 @@ from tqdm import tqdm
 from monai_synth.diffusion.schedules import step_variance
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) long) -> what the network predicts, as x_t
-Guidance = Callable[
-    [Tensor, int, float], Tensor
-]  # (x_t, t, variance) -> gradient of log p with respect to x_t
+Guidance = Callable[[Tensor, int, float], Tensor]  # (x_t, t, variance) -> gradient of log p with respect to x_t
 Replace = Callable[[Tensor, int], Tensor]  # (x_{t_prev}, t_prev) -> x_{t_prev}
 Callback = Callable[[int, int, Tensor], None]  # (number of the step, t_prev, x_{t_prev})
 

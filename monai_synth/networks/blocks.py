@@ -90,9 +90,7 @@ class ResBlock(nn.Module):
         self.norm2 = _norm(settings, out_channels, spade=spade)
         self.conv2 = zero_module(conv(dims, out_channels, out_channels))
         self.skip_connection = (
-            nn.Identity()
-            if in_channels == out_channels
-            else conv(dims, in_channels, out_channels, kernel_size=1)
+            nn.Identity() if in_channels == out_channels else conv(dims, in_channels, out_channels, kernel_size=1)
         )
 
     def modulations(self, seg: Tensor) -> tuple[Modulation, Modulation]:
@@ -169,9 +167,7 @@ class DownBlock(_Stage):
     def forward(self, h: Tensor, emb: Tensor, conditions: Conditions) -> tuple[Tensor, list[Tensor]]:
         """Features (B, C, *S) -> features at half the size, and what the decoder gets of each layer."""
         skips = []
-        for resnet, attention in zip(
-            self.resnets, self.attentions or [None] * len(self.resnets), strict=True
-        ):
+        for resnet, attention in zip(self.resnets, self.attentions or [None] * len(self.resnets), strict=True):
             h = self.run_res(resnet, h, emb, conditions)
             if attention is not None:
                 h = self.run_attention(attention, h)
@@ -185,9 +181,7 @@ class DownBlock(_Stage):
 class MiddleBlock(_Stage):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(
-        self, settings: BlockSettings, channels: int, *, num_head_channels: int, spade: bool = False
-    ) -> None:
+    def __init__(self, settings: BlockSettings, channels: int, *, num_head_channels: int, spade: bool = False) -> None:
         super().__init__(settings)
         self.resnet_1 = ResBlock(settings, channels, channels, spade=spade)
         self.attention = _attention(settings, channels, num_head_channels)
@@ -231,9 +225,7 @@ class UpBlock(_Stage):
 
     def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, conditions: Conditions) -> Tensor:
         """Features (B, C, *S) -> features at twice the size. Takes what it needs off the end of ``skips``."""
-        for resnet, attention in zip(
-            self.resnets, self.attentions or [None] * len(self.resnets), strict=True
-        ):
+        for resnet, attention in zip(self.resnets, self.attentions or [None] * len(self.resnets), strict=True):
             h = self.run_res(resnet, torch.cat([h, skips.pop()], dim=1), emb, conditions)
             if attention is not None:
                 h = self.run_attention(attention, h)

@@ -13,9 +13,7 @@ from monai_synth.errors import UserError
 _SHOWN_KEYS = 4  # keys named in an error message before "and N more"
 
 
-def convert_monai_state_dict(
-    state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def convert_monai_state_dict(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a MONAI or monai-generative (0.2.3) diffusion U-Net.
 
     Three things differ. monai-generative wraps SPADE's group norm (``param_free_norm.N``), has the

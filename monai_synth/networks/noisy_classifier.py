@@ -47,9 +47,7 @@ class NoisyClassifier(nn.Module):
         use_flash_attention: bool = True,
     ) -> None:
         super().__init__()
-        res_blocks, heads = check_levels(
-            channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups
-        )
+        res_blocks, heads = check_levels(channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups)
         settings = BlockSettings(
             spatial_dims=spatial_dims,
             time_channels=channels[0] * 4,

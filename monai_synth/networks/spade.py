@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from monai_synth.errors import UserError
 
-Modulation = tuple[
-    Tensor, Tensor
-]  # (1 + gamma, beta), each (B, C, *S): all that a SPADE layer takes from the map
+Modulation = tuple[Tensor, Tensor]  # (1 + gamma, beta), each (B, C, *S): all that a SPADE layer takes from the map
 SpadeVariant = Literal["paper", "monai"]
 SemanticDownsample = Literal["max_onehot", "max_label", "nearest"]
 
@@ -95,9 +93,7 @@ class SPADE(nn.Module):
         return self.param_free_norm(x) * scale + shift
 
 
-def pool_semantic(
-    seg: Tensor, spatial_shape: Sequence[int], mode: SemanticDownsample = "max_onehot"
-) -> Tensor:
+def pool_semantic(seg: Tensor, spatial_shape: Sequence[int], mode: SemanticDownsample = "max_onehot") -> Tensor:
     """Bring a semantic map to a lower resolution without losing small structures.
 
     LSDM thesis, Sec 3.3 max-pools the label map and then makes it one-hot: that is ``max_label``.

@@ -84,9 +84,7 @@ class SPADEUNet(nn.Module):
         super().__init__()
         spade_in = (spade_in,) if isinstance(spade_in, str) else tuple(spade_in)
         _check_spade(spade_in, label_nc, semantic_downsample)
-        res_blocks, heads = check_levels(
-            channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups
-        )
+        res_blocks, heads = check_levels(channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups)
         settings = BlockSettings(
             spatial_dims=spatial_dims,
             time_channels=channels[0] * 4,
@@ -115,9 +113,7 @@ class SPADEUNet(nn.Module):
             resblock_updown=resblock_updown,
             spade="down" in spade_in,
         )
-        self.middle_block = MiddleBlock(
-            settings, channels[-1], num_head_channels=heads[-1], spade="middle" in spade_in
-        )
+        self.middle_block = MiddleBlock(settings, channels[-1], num_head_channels=heads[-1], spade="middle" in spade_in)
         self.up_blocks = nn.ModuleList()
         below = channels[-1]
         for level in reversed(range(num_levels)):
@@ -143,9 +139,7 @@ class SPADEUNet(nn.Module):
             zero_module(conv(spatial_dims, channels[0], out_channels)),
         )
 
-    def modulations(
-        self, seg: Tensor, spatial_shape: Sequence[int]
-    ) -> tuple[tuple[Modulation, Modulation], ...]:
+    def modulations(self, seg: Tensor, spatial_shape: Sequence[int]) -> tuple[tuple[Modulation, Modulation], ...]:
         """All that the network takes from a map; compute it once and reuse it over all steps of a sample.
 
         Args:
@@ -235,9 +229,7 @@ class SPADEUNet(nn.Module):
             raise UserError(msg)
         maps = [pool_semantic(seg, spatial_shape, self.semantic_downsample)]
         for _ in self.channels[1:]:
-            maps.append(
-                pool_semantic(maps[-1], [s // 2 for s in maps[-1].shape[2:]], self.semantic_downsample)
-            )
+            maps.append(pool_semantic(maps[-1], [s // 2 for s in maps[-1].shape[2:]], self.semantic_downsample))
         return maps
 
     def _conditions(

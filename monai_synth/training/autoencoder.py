@@ -141,11 +141,7 @@ class AutoencoderTrainer(Trainer):
         # Autoencoder. The bare discriminator is used: its gradients of this step are thrown away.
         x_rec, mean, sigma = self.autoencoder(x)
         l1 = F.l1_loss(x_rec, x)
-        rec = (
-            l1
-            if self.perceptual_loss is None
-            else l1 + self.perceptual_weight * self.perceptual_loss(x_rec, x)
-        )
+        rec = l1 if self.perceptual_loss is None else l1 + self.perceptual_weight * self.perceptual_loss(x_rec, x)
         kl = kl_per_pixel(mean, sigma, x[0, 0].numel())
         loss = rec + self.kl_weight * kl
         if adversarial:

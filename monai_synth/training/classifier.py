@@ -85,10 +85,8 @@ class ConvergenceReport:
             "constant_loss": constant,
             "converged": loss < 0.95 * constant,
         }
-        verdict = (
-            "converged" if report["converged"] else "did NOT converge, its guidance will not be meaningful"
-        )
+        verdict = "converged" if report["converged"] else "did NOT converge, its guidance will not be meaningful"
         logger.info(
-            f"{self.feature}: validation loss {loss:.3f}, best constant {constant:.3f}, n {len(label)} nodules: {verdict}"
+            f"{self.feature}: validation loss {loss:.3f}, best constant {constant:.3f}, n {len(label)}: {verdict}"
         )
         return report

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
-from monai.utils import path_to_sqlite_uri
 from monai.handlers import MLFlowHandler
+from monai.utils import path_to_sqlite_uri
 from torch import nn
 from tqdm import tqdm
 
@@ -59,7 +59,7 @@ class EpochSeed:
         digest = hashlib.sha256(f"{self.seed}/{rank()}/{epoch}".encode()).digest()
         number = int.from_bytes(digest[:4], "little")
         random.seed(number)
-        np.random.seed(number)
+        np.random.seed(number)  # noqa: NPY002 - for third-party code that draws from it
         torch.manual_seed(number)
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
@@ -144,9 +144,7 @@ class StageCheckpoint:
             return 0
         content = load_file(self.last, stage=self.stage, map_location="cpu")
         here = {"arch": self.arch, "contract": self.contract, "epoch_length": engine.state.epoch_length}
-        remedy = (
-            f"Give the settings of that training, or another --ckpt_dir, or delete {self.last} to start anew."
-        )
+        remedy = f"Give the settings of that training, or another --ckpt_dir, or delete {self.last} to start anew."
         require_agreement({k: content[k] for k in here}, here, f"the unfinished training {self.last}", remedy)
         for name, item in self.objects.items():
             item.load_state_dict(content["state"][name])
@@ -173,9 +171,7 @@ def run_training(trainer: Engine, checkpoint: StageCheckpoint) -> None:
     """
     max_epochs = trainer.state.max_epochs
     if not isinstance(max_epochs, int) or max_epochs < 1:
-        raise UserError(
-            f"max_epochs is {max_epochs!r}, allowed are integers from 1; give --max_epochs 10, say"
-        )
+        raise UserError(f"max_epochs is {max_epochs!r}, allowed are integers from 1; give --max_epochs 10, say")
     done = checkpoint.restore(trainer)
     if done >= max_epochs:
         if not checkpoint.path.exists():
@@ -186,9 +182,7 @@ def run_training(trainer: Engine, checkpoint: StageCheckpoint) -> None:
         )
         return
     if done:
-        logger.info(
-            f"resuming {checkpoint.path.stem} from {checkpoint.last} after epoch {done} of {max_epochs}"
-        )
+        logger.info(f"resuming {checkpoint.path.stem} from {checkpoint.last} after epoch {done} of {max_epochs}")
     trainer.run()
 
 
@@ -306,9 +300,7 @@ class MLflowRun(MLFlowHandler):
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def _log_epoch(self, engine: Engine) -> None:
-        values = {
-            k: float(v) for k, v in engine.state.metrics.items() if np.isscalar(v) or torch.is_tensor(v)
-        }
+        values = {k: float(v) for k, v in engine.state.metrics.items() if np.isscalar(v) or torch.is_tensor(v)}
         if values:
             self._log_metrics(values, step=engine.state.epoch)
 

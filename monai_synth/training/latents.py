@@ -90,9 +90,7 @@ class LatentCache:
         self.folder = Path(cache_dir) / f"{split}-{name}"
         if self.cases:
             self._ensure()
-        self.arrays = (
-            {n: np.load(self.folder / f"{n}.npy", mmap_mode="r") for n in ARRAYS} if self.cases else {}
-        )
+        self.arrays = {n: np.load(self.folder / f"{n}.npy", mmap_mode="r") for n in ARRAYS} if self.cases else {}
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -141,9 +139,7 @@ class LatentCache:
         mean, std = self.codec.encode_image(image)
         size = tuple(mean.shape[2:])
         seg = pool_semantic(one_hot(label, self.codec.num_labels), size, self.semantic_downsample) > 0
-        bits = (
-            seg.to(torch.int32) << torch.arange(self.codec.num_labels, device=seg.device)[:, None, None]
-        ).sum(1)
+        bits = (seg.to(torch.int32) << torch.arange(self.codec.num_labels, device=seg.device)[:, None, None]).sum(1)
         arrays = {"mean": mean, "std": std, "cond": self.codec.encode_label(label)}
         out = {name: value.float().cpu().numpy() for name, value in arrays.items()}
         return out | {"seg": bits.to(torch.uint8).cpu().numpy()}
@@ -271,7 +267,5 @@ class NoduleCropDataset(torch.utils.data.Dataset):
             top = min(max(top + shift[0], 0), h - self.crop_size)
             left = min(max(left + shift[1], 0), w - self.crop_size)
         window = (slice(None), slice(top, top + self.crop_size), slice(left, left + self.crop_size))
-        item = {
-            n: torch.from_numpy(np.array(self.cache.arrays[n][case_index][window])) for n in ("mean", "std")
-        }
+        item = {n: torch.from_numpy(np.array(self.cache.arrays[n][case_index][window])) for n in ("mean", "std")}
         return item | {"target": target, "index": index}

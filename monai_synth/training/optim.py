@@ -61,7 +61,7 @@ def perceptual_loss(weights: str | None, trunk: str, device: str) -> PerceptualL
     path = Path(weights).expanduser()
     if not path.is_file():
         msg = (
-            f"perceptual_weights {path} is not there; download the ImageNet state dict of torchvision's {trunk} network "
+            f"perceptual_weights {path} is not there; download torchvision's ImageNet state dict of {trunk} "
             "(the address is its Weights enum's `url`), or leave the key out to train with L1 alone"
         )
         raise UserError(msg)

@@ -17,9 +17,18 @@ from monai_synth.training.handlers import MLflowRun, rank
 
 # background, body, soft tissue, high dense, lung, benign, indeterminate and malignant nodule
 LABEL_COLOURS = np.array(
-    [[0, 0, 0], [90, 70, 60], [170, 90, 80], [240, 235, 215], [70, 120, 190], [90, 220, 90], [250, 200, 40], [240, 40, 40]],
+    [
+        [0, 0, 0],
+        [90, 70, 60],
+        [170, 90, 80],
+        [240, 235, 215],
+        [70, 120, 190],
+        [90, 220, 90],
+        [250, 200, 40],
+        [240, 40, 40],
+    ],
     dtype=np.uint8,
-)  # fmt: skip
+)
 
 
 def to_uint8(image_pm1: torch.Tensor) -> np.ndarray:

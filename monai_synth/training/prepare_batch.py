@@ -27,18 +27,14 @@ class _NoisyPrepareBatch(PrepareBatch):
         self.num_train_timesteps = len(self.alphas_cumprod)
         self.seed = seed
 
-    def draw(
-        self, shape: torch.Size, index: torch.Tensor, num_noises: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def draw(self, shape: torch.Size, index: torch.Tensor, num_noises: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Timesteps (B,) and ``num_noises`` noises of ``shape``, on the CPU so that devices agree."""
         if self.seed is None:
             t = torch.randint(0, self.num_train_timesteps, (shape[0],))
             return t, [torch.randn(shape) for _ in range(num_noises)]
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + int(i)) for i in index]
         t = torch.cat([torch.randint(0, self.num_train_timesteps, (1,), generator=g) for g in generators])
-        return t, [
-            torch.stack([torch.randn(shape[1:], generator=g) for g in generators]) for _ in range(num_noises)
-        ]
+        return t, [torch.stack([torch.randn(shape[1:], generator=g) for g in generators]) for _ in range(num_noises)]
 
 
 class ExpandChannels(PrepareBatch):
