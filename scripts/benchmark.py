@@ -81,7 +81,8 @@ def spade_cache(preset: str, batch: int) -> None:
     difference = (results["cached"] - results["uncached"]).abs().max() / results["cached"].abs().max()
     print(
         f"SPADE cache, {preset}, batch {batch}, 20 steps: cached {times['cached']:.2f} s, "
-        f"uncached {times['uncached']:.2f} s, ratio {times['uncached'] / times['cached']:.2f}, largest relative difference {difference:.1e}"
+        f"uncached {times['uncached']:.2f} s, ratio {times['uncached'] / times['cached']:.2f}, "
+        f"largest relative difference {difference:.1e}"
     )
 
 
