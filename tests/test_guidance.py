@@ -340,6 +340,10 @@ class TestRequests:
         assert large.targets == {"malignancy": 1.0, "texture": 1.0}
         assert large.center == (11, 16)
 
+    def test_pixels_that_touch_at_a_corner_are_one_nodule(self):
+        label = np.where(np.eye(16, dtype=bool), 6, 4)
+        assert len(nodule_requests(label, None, self.FACTOR)) == 1
+
     def test_a_map_without_nodules_asks_for_nothing(self):
         assert nodule_requests(np.full((64, 64), 4), None, self.FACTOR) == []
         assert nodule_requests(np.full((64, 64), 4), [], self.FACTOR) == []

@@ -187,7 +187,7 @@ class TestState:
 
     def test_the_noise_that_is_given_stays_as_it_is(self):
         noise = torch.ones(1, 2, 4, 4)
-        sample(network, noise, make_sampler("ddim", SCALED, 3), replace=lambda x, t_prev: x.mul_(2))
+        sample(lambda x_t, t: x_t.mul_(0.5), noise, make_sampler("ddim", SCALED, 3))
         assert torch.equal(noise, torch.ones(1, 2, 4, 4))
 
     def test_the_denoiser_runs_without_gradients(self):

@@ -7,6 +7,7 @@ and sigma, and the adversarial weight follows the gradients, so the two-optimise
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,6 +117,7 @@ class AutoencoderTrainer(Trainer):
             epoch_length=epoch_length,
             prepare_batch=prepare_batch,
             key_metric=key_train_metric,
+            metric_cmp_fn=operator.lt,
             additional_metrics=additional_metrics,
             handlers=train_handlers,
             decollate=False,

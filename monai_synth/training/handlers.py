@@ -118,7 +118,7 @@ class StageCheckpoint:
         epoch = engine.state.epoch
         if rank() or (epoch % self.save_interval and epoch != engine.state.max_epochs):
             return
-        scaler = getattr(engine, "scaler_", None)
+        scaler = getattr(engine, "scaler", None)
         objects = self.objects | ({"scaler": scaler} if scaler is not None else {})
         state = {name: item.state_dict() for name, item in objects.items()}
         content = {"format": FORMAT, "stage": self.stage, "arch": self.arch, "contract": self.contract}
@@ -148,8 +148,9 @@ class StageCheckpoint:
         require_agreement({k: content[k] for k in here}, here, f"the unfinished training {self.last}", remedy)
         for name, item in self.objects.items():
             item.load_state_dict(content["state"][name])
-        if getattr(engine, "scaler_", None) is not None and "scaler" in content["state"]:
-            engine.scaler_.load_state_dict(content["state"]["scaler"])
+        if "scaler" in content["state"]:
+            # MONAI makes the gradient scaler when the run starts
+            engine.add_event_handler(Events.STARTED, lambda e: e.scaler.load_state_dict(content["state"]["scaler"]))
         epoch, length = int(content["epoch"]), int(content["epoch_length"])
         engine.state.epoch, engine.state.iteration = epoch, epoch * length
         return epoch
