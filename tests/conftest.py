@@ -16,8 +16,8 @@ from monai_synth.data.semantic import FEATURES, LABELS
 
 REPO = Path(__file__).resolve().parents[1]
 
-# Small problems on few cores: more threads than this cost more than they bring.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Small problems: more threads cost more than they bring, and much more on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
