@@ -6,6 +6,7 @@ The stock runner evaluates the configs; each function here is one decision that 
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import logging
@@ -252,6 +253,9 @@ def _print_user_errors(kind: type[BaseException], error: BaseException, trace: T
     while cause is not None:
         if isinstance(cause, UserError) and not os.environ.get("MONAI_SYNTH_TRACEBACK"):
             print(f"monai_synth: error: {cause}", file=sys.stderr)
+            return
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            print(f"monai_synth: error: {cause}; free some space, then start the same command again", file=sys.stderr)
             return
         cause = cause.__cause__ or cause.__context__
     traceback.print_exception(kind, error, trace)

@@ -31,8 +31,8 @@ BUNDLES = sorted((Path(__file__).resolve().parents[1] / "bundles").iterdir())
 LSDM = Path(__file__).resolve().parents[1] / "bundles" / "lsdm"
 STAGES = ("train_autoencoder.json", "train_classifier.json", "train.json")
 TINY = {
-    "preset": "demo", "image_size": [64, 64], "max_epochs": 2, "val_interval": 1, "autoencoder_epochs": 2, "classifier_epochs": 2,
-    "features": ["malignancy", "texture"], "device": "cpu",
+    "preset": "demo", "image_size": [64, 64], "max_epochs": 2, "val_interval": 1,
+    "autoencoder_epochs": 2, "classifier_epochs": 2, "features": ["malignancy", "texture"], "device": "cpu",
 }  # fmt: skip
 
 

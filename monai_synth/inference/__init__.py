@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from monai_synth.inference.guidance import NoduleGuidance, NoduleRequest, latent_window, nodule_requests
+from monai_synth.inference.guidance import NoduleGuidance, NoduleRequest, nodule_requests
 from monai_synth.inference.sampler import initial_noise, make_generators, sample
+from monai_synth.networks.latent_codec import latent_window
 
 __all__ = [
     "NoduleGuidance",

@@ -20,6 +20,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from monai_synth.errors import UserError
+from monai_synth.networks.latent_codec import latent_window
 
 MALIGNANCY = "malignancy"  # the one feature that is classified; the others are regressed
 FIRST_NODULE_LABEL = 5  # labels 5, 6 and 7 of the semantic map are nodules, the first of them benign
@@ -188,21 +189,6 @@ class NoduleGuidance:
             if tuple(request.region.shape) != shape:
                 msg = f"A nodule's region has shape {tuple(request.region.shape)}, but the latent is {shape}."
                 raise UserError(msg)
-
-
-def latent_window(center: Sequence[int], size: int, shape: Sequence[int]) -> tuple[slice, ...]:
-    """The crop around a nodule, moved inwards where it would reach over a border.
-
-    Args:
-        center: pixel that gets the index ``size // 2`` in the crop, if no border is near.
-        size: edge of the crop.
-        shape: shape of the whole map, nowhere smaller than ``size``.
-
-    Returns:
-        A slice of that size for each axis.
-    """
-    starts = [min(max(int(c) - size // 2, 0), extent - size) for c, extent in zip(center, shape, strict=True)]
-    return tuple(slice(start, start + size) for start in starts)
 
 
 def nodule_requests(

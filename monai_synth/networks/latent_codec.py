@@ -8,6 +8,8 @@ and latents are multiplied by ``scale_factor`` so that the diffusion model sees 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -65,3 +67,18 @@ class LatentCodec(nn.Module):
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Image (B, 1, *S), nominally in [-1, 1], of scaled latents; differentiable in ``z``."""
         return self.autoencoder.decode(z / self.scale_factor).mean(dim=1, keepdim=True)
+
+
+def latent_window(center: Sequence[int], size: int, shape: Sequence[int]) -> tuple[slice, ...]:
+    """The crop around a nodule, moved inwards where it would reach over a border.
+
+    Args:
+        center: pixel that gets the index ``size // 2`` in the crop, if no border is near.
+        size: edge of the crop.
+        shape: shape of the whole map, nowhere smaller than ``size``.
+
+    Returns:
+        A slice of that size for each axis.
+    """
+    starts = [min(max(int(c) - size // 2, 0), extent - size) for c, extent in zip(center, shape, strict=True)]
+    return tuple(slice(start, start + size) for start in starts)

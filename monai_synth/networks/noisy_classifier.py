@@ -27,6 +27,7 @@ class NoisyClassifier(nn.Module):
         norm_num_groups: groups of the normalisations.
         norm_eps: added to the variance in the normalisations.
         use_flash_attention: torch's fused attention.
+        output_bias: initial bias of the output; the middle of a rating scale saves a regressor the way there.
 
     Raises:
         UserError: if the options do not fit each other.
@@ -45,6 +46,7 @@ class NoisyClassifier(nn.Module):
         norm_num_groups: int = 32,
         norm_eps: float = 1e-6,
         use_flash_attention: bool = True,
+        output_bias: float = 0.0,
     ) -> None:
         super().__init__()
         res_blocks, heads = check_levels(channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups)
@@ -67,6 +69,7 @@ class NoisyClassifier(nn.Module):
             nn.Flatten(),
             nn.Linear(channels[-1], out_channels),
         )
+        nn.init.constant_(self.out[-1].bias, output_bias)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Classify noisy crops.

@@ -2,7 +2,7 @@
 """Trainers, prepare-batch classes, datasets of latents and handlers; the names here are what configs use."""
 
 from monai_synth.training.autoencoder import AutoencoderTrainer, Reconstruction
-from monai_synth.training.classifier import ConvergenceReport, classifier_loss, is_classification
+from monai_synth.training.classifier import ConvergenceReport, classifier_loss, initial_output, is_classification
 from monai_synth.training.handlers import (
     EpochSeed,
     MLflowRun,
@@ -36,6 +36,7 @@ __all__ = [
     "StageCheckpoint",
     "ValidationRecord",
     "classifier_loss",
+    "initial_output",
     "is_classification",
     "lr_decay",
     "perceptual_loss",

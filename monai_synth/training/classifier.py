@@ -29,6 +29,11 @@ def is_classification(feature: str) -> bool:
     return feature == "malignancy"
 
 
+def initial_output(feature: str) -> float:
+    """What a fresh network answers: undecided for malignancy, the middle of the scale from 1 to 5 for a rating."""
+    return 0.0 if is_classification(feature) else 3.0
+
+
 def classifier_loss(feature: str) -> nn.Module:
     """Cross-entropy for malignancy, mean squared error for the others (Sec 3.4.1)."""
     return nn.CrossEntropyLoss() if is_classification(feature) else nn.MSELoss()

@@ -29,7 +29,7 @@ from monai_synth.data.datalist import read_dataset
 from monai_synth.data.semantic import FEATURES
 from monai_synth.data.slices import NODULE_LABEL_MIN, one_hot, slice_preprocessing
 from monai_synth.errors import UserError
-from monai_synth.networks.latent_codec import LatentCodec
+from monai_synth.networks.latent_codec import LatentCodec, latent_window
 from monai_synth.networks.spade import pool_semantic
 
 logger = logging.getLogger(__name__)
@@ -231,8 +231,8 @@ class NoduleCropDataset(torch.utils.data.Dataset):
                 raise UserError(msg)
             for nodule in nodules:
                 row, col = nodule["center"]
-                top = min(max(round((row + 0.5) * h / height - crop_size / 2), 0), h - crop_size)
-                left = min(max(round((col + 0.5) * w / width - crop_size / 2), 0), w - crop_size)
+                window = latent_window(((row + 0.5) * h / height, (col + 0.5) * w / width), crop_size, (h, w))
+                top, left = (axis.start for axis in window)
                 self.items.append((case_index, top, left, nodule_target(nodule, feature)))
         if not self.items and cache.split == "training":
             msg = (
