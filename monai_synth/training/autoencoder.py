@@ -86,6 +86,7 @@ class AutoencoderTrainer(Trainer):
         key_train_metric: see MONAI's ``Trainer``.
         additional_metrics: see MONAI's ``Trainer``.
         train_handlers: see MONAI's ``Trainer``.
+        amp: compute in bfloat16 where torch deems it safe; weights and optimisers stay in float32.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class AutoencoderTrainer(Trainer):
         key_train_metric: dict[str, Any] | None = None,
         additional_metrics: dict[str, Any] | None = None,
         train_handlers: list | None = None,
+        amp: bool = False,
     ) -> None:
         super().__init__(
             device=device,
@@ -122,6 +124,7 @@ class AutoencoderTrainer(Trainer):
             handlers=train_handlers,
             decollate=False,
         )
+        self.autocast_enabled = amp
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.autoencoder_optimizer = autoencoder_optimizer
@@ -133,6 +136,9 @@ class AutoencoderTrainer(Trainer):
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
 
+    def _autocast(self, x: torch.Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast_enabled)
+
     def _iteration(self, engine: Any, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         x, _ = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
         x = x.expand(-1, self.image_channels, *x.shape[2:])
@@ -141,15 +147,16 @@ class AutoencoderTrainer(Trainer):
         adversarial = self.adversarial_weight > 0 and engine.state.iteration >= self.adversarial_start
 
         # Autoencoder. The bare discriminator is used: its gradients of this step are thrown away.
-        x_rec, mean, sigma = self.autoencoder(x)
-        l1 = F.l1_loss(x_rec, x)
-        rec = l1 if self.perceptual_loss is None else l1 + self.perceptual_weight * self.perceptual_loss(x_rec, x)
-        kl = kl_per_pixel(mean, sigma, x[0, 0].numel())
-        loss = rec + self.kl_weight * kl
-        if adversarial:
-            adv = hinge_generator_loss(_unwrap(self.discriminator)(x_rec)[-1])
-            weight = adaptive_weight(rec, adv, last_decoder_weight(_unwrap(self.autoencoder)))
-            loss = loss + self.adversarial_weight * weight * adv
+        with self._autocast(x):
+            x_rec, mean, sigma = self.autoencoder(x)
+            l1 = F.l1_loss(x_rec, x)
+            rec = l1 if self.perceptual_loss is None else l1 + self.perceptual_weight * self.perceptual_loss(x_rec, x)
+            kl = kl_per_pixel(mean, sigma, x[0, 0].numel())
+            loss = rec + self.kl_weight * kl
+            if adversarial:
+                adv = hinge_generator_loss(_unwrap(self.discriminator)(x_rec)[-1])
+                weight = adaptive_weight(rec, adv, last_decoder_weight(_unwrap(self.autoencoder)))
+                loss = loss + self.adversarial_weight * weight * adv
         self.autoencoder_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.autoencoder_optimizer.step()
@@ -158,8 +165,9 @@ class AutoencoderTrainer(Trainer):
         loss_d = torch.zeros((), device=x.device)
         if adversarial:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
-            logits = self.discriminator(torch.cat([x, x_rec.detach()]))[-1]
-            loss_d = hinge_discriminator_loss(*logits.chunk(2))
+            with self._autocast(x):
+                logits = self.discriminator(torch.cat([x, x_rec.detach()]))[-1]
+                loss_d = hinge_discriminator_loss(*logits.chunk(2))
             loss_d.backward()
             self.discriminator_optimizer.step()
 
