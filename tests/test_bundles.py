@@ -100,6 +100,7 @@ def test_what_the_three_trainings_share_is_equal_in_their_configs() -> None:
     for preset in ("demo", "paper"):
         sizes = {json.dumps(c["presets"][preset]["image_size"]) for c in contents}
         assert len(sizes) == 1
+        assert len({c["presets"][preset]["prediction_type"] for c in contents[1:]}) == 1
 
 
 def test_the_paper_preset_holds_the_numbers_of_the_text() -> None:
@@ -112,10 +113,11 @@ def test_the_paper_preset_holds_the_numbers_of_the_text() -> None:
     assert classifier["presets"]["paper"]["crop_pixels"] == 64  # Sec 3.4.1
     assert classifier["presets"]["paper"]["ema_decay"] == 0.9999  # Sec 4.2
     assert train["presets"]["paper"]["channels"] == [128, 512, 1024]  # LDM's semantic_synthesis512
+    assert train["presets"]["paper"]["prediction_type"] == "epsilon"  # Eq 3.1
     assert train["features"] == ["malignancy", "lobulation", "spiculation", "texture"]  # Sec 3.4.1
-    assert train["schedule"] | {} == {
+    assert train["schedule"] == {
         "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0205,
-        "prediction_type": "epsilon",
+        "prediction_type": "$@settings['prediction_type']",
     }  # fmt: skip
 
 

@@ -9,12 +9,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from monai_synth.diffusion import alphas_cumprod
+from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
 from monai_synth.errors import UserError
 from monai_synth.training import (
     EpochSeed,
@@ -71,6 +72,18 @@ def test_network_input_is_the_closed_form_of_the_forward_process_beside_the_scal
     abar = alphas_cumprod(SCHEDULE)[extra["timesteps"]].float().view(-1, 1, 1, 1)
     torch.testing.assert_close(inputs[:, :3], abar.sqrt() * 2.0 * batch["mean"] + (1 - abar).sqrt() * eps)
     torch.testing.assert_close(inputs[:, 3:], 2.0 * batch["cond"])
+
+
+def test_training_targets_are_what_the_samplers_turn_back_into_the_data() -> None:
+    x_0, eps, t = torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 300, 700, 950, 999])
+    for kind in ("epsilon", "sample", "v_prediction"):
+        schedule = SCHEDULE | {"prediction_type": kind}
+        scheduler = DDPMScheduler(**schedule, clip_sample=False)
+        x_t = add_noise(schedule, x_0, eps, t)
+        target = training_target(schedule, x_0, eps, t)
+        for i, step in enumerate(t.tolist()):
+            found = scheduler.step(target[i], step, x_t[i]).pred_original_sample
+            torch.testing.assert_close(found, x_0[i], atol=2e-3, rtol=1e-3)
 
 
 def test_validation_draws_depend_on_the_item_and_not_on_its_batch() -> None:

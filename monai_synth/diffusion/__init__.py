@@ -10,6 +10,7 @@ from monai_synth.diffusion.schedules import (
     make_sampler,
     sampling_timesteps,
     step_variance,
+    training_target,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "make_sampler",
     "sampling_timesteps",
     "step_variance",
+    "training_target",
 ]

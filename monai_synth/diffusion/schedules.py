@@ -72,6 +72,30 @@ def add_noise(schedule: Schedule | Tensor, x_0: Tensor, eps: Tensor, t: Tensor) 
     return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * eps
 
 
+def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the network learns to predict: eps (LSDM thesis, Eq 3.1), x_0, or v.
+
+    ``v = sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022). At high noise an error in eps is multiplied by ``sqrt((1 - abar) / abar)`` in x_0, so eps needs long training
+    there; v does not.
+
+    Args:
+        schedule: the description; its ``prediction_type`` decides.
+        x_0: clean data (B, ...).
+        eps: the noise that was added, of the same shape.
+        t: timesteps (B,).
+
+    Returns:
+        Target of the shape of x_0.
+    """
+    kind = schedule.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return x_0
+    abar = alphas_cumprod(schedule).to(t.device)[t].view(-1, *[1] * (x_0.ndim - 1))
+    return abar.sqrt().to(x_0) * eps - (1 - abar).sqrt().to(x_0) * x_0
+
+
 def step_variance(schedule: Schedule | Tensor, t: int, t_prev: int) -> float:
     """Variance of x_{t_prev} given x_t and x_0: what the ancestral sampler adds in the step from t to t_prev.
 

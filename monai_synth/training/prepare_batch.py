@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from monai.engines import PrepareBatch
 
-from monai_synth.diffusion import add_noise, alphas_cumprod
+from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
 from monai_synth.networks.latent_codec import LatentCodec
 
 
@@ -56,7 +56,7 @@ class ExpandChannels(PrepareBatch):
 
 
 class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
-    """Cached latents -> (Concat(z_t, E(m)), eps, (), {timesteps, seg}) (thesis Eq 3.1, Eq 3.3, Alg 1).
+    """Cached latents -> (Concat(z_t, E(m)), target, (), {timesteps, seg}) (thesis Eq 3.1, Eq 3.3, Alg 1).
 
     The batch holds ``mean``, ``std`` and ``cond`` (B, c, h, w) unscaled, ``seg`` (B, K, h, w), ``index`` (B,).
 
@@ -86,7 +86,7 @@ class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
         z_0 = (mean + std * posterior) * self.scale_factor
         z_t = add_noise(self.alphas_cumprod, z_0, eps, t)
         inputs = torch.cat([z_t, cond * self.scale_factor], dim=1)
-        return inputs, eps, (), {"timesteps": t, "seg": seg}
+        return inputs, training_target(self.schedule, z_0, eps, t), (), {"timesteps": t, "seg": seg}
 
 
 class NoisyCropPrepareBatch(_NoisyPrepareBatch):
