@@ -75,8 +75,8 @@ def add_noise(schedule: Schedule | Tensor, x_0: Tensor, eps: Tensor, t: Tensor) 
 def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What the network learns to predict: eps (LSDM thesis, Eq 3.1), x_0, or v.
 
-    ``v = sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022). At high noise an error in eps is multiplied by ``sqrt((1 - abar) / abar)`` in x_0, so eps needs long training
-    there; v does not.
+    ``v = sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022). At high noise an error in eps is multiplied
+    by ``sqrt((1 - abar) / abar)`` in x_0, so eps needs long training there; v does not.
 
     Args:
         schedule: the description; its ``prediction_type`` decides.
