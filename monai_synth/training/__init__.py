@@ -7,6 +7,7 @@ from monai_synth.training.handlers import (
     EpochSeed,
     MLflowRun,
     RunProgress,
+    SharedHandler,
     StageCheckpoint,
     run_training,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "PerceptualLoss",
     "Reconstruction",
     "RunProgress",
+    "SharedHandler",
     "StageCheckpoint",
     "ValidationRecord",
     "classifier_loss",

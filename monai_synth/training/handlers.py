@@ -34,6 +34,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+class SharedHandler:
+    """Attaches a handler that is defined elsewhere in a config, because others refer to it too.
+
+    MONAI's property check reads ``_target_`` of every entry of ``train#handlers``, so a bare reference cannot stand
+    in that list.
+    """
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def attach(self, engine: Engine) -> None:
+        self.handler.attach(engine)
+
+
 class EpochSeed:
     """Reseed everything that draws at the start of each epoch from (seed, rank, epoch).
 
