@@ -416,7 +416,7 @@ def test_a_stage_that_was_killed_resumes_to_the_weights_of_one_that_was_not(
             assert not (folder / name).exists()
         done = subprocess.run(run_it, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert ("resuming" in done.stdout) == (way == "killed")
+        assert (f"resuming {name.removesuffix('.pt')} from" in done.stdout) == (way == "killed")
         weights.append(load_file(folder / name)["state_dict"])
         if way == "killed":
             client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/eval_killed/mlruns.db")
