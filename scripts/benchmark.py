@@ -54,7 +54,7 @@ def spade_cache(preset: str, batch: int) -> None:
     from monai_synth.networks import SPADEUNet
 
     channels, hidden, size, heads, groups, res_blocks = {
-        "demo": ((32, 64, 64), 16, 32, 32, 8, 1),
+        "demo": ((32, 64, 64), 32, 32, 32, 8, 1),
         "paper-quarter": ((32, 128, 256), 128, 64, 32, 32, 2),
     }[preset]
     torch.manual_seed(0)
