@@ -15,9 +15,11 @@ from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from monai_synth.checkpoint import load_file
 from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
 from monai_synth.errors import UserError
 from monai_synth.training import (
+    EMA,
     EpochSeed,
     LatentDiffusionPrepareBatch,
     MLflowRun,
@@ -131,9 +133,10 @@ def tiny_training(folder: Path, max_epochs: int, *, handlers=(), contract=None, 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_decay("linear", 6))
     data = Numbers()
     sampler = DistributedSampler(data, num_replicas=1, rank=0, seed=5)
+    ema = EMA(network, decay=0.9, warmup_iters=30)
     checkpoint = StageCheckpoint(
-        folder / "model.pt", stage="diffusion", export=network, arch={"target": "x", "args": {}},
-        objects={"network": network, "optimizer": optimizer, "lr_scheduler": scheduler},
+        folder / "model.pt", stage="diffusion", export=ema.ema_model, arch={"target": "x", "args": {}},
+        objects={"network": network, "ema": ema.ema_model, "optimizer": optimizer, "lr_scheduler": scheduler},
         contract=contract or {"seed": 0}, **options,
     )  # fmt: skip
     losses: list[float] = []
@@ -141,7 +144,7 @@ def tiny_training(folder: Path, max_epochs: int, *, handlers=(), contract=None, 
         device=torch.device("cpu"), max_epochs=max_epochs, train_data_loader=DataLoader(data, 4, sampler=sampler),
         network=network, optimizer=optimizer, loss_function=torch.nn.MSELoss(), decollate=False,
         train_handlers=[
-            EpochSeed(11, sampler, data), LrScheduleHandler(scheduler, print_lr=False), *handlers, checkpoint
+            EpochSeed(11, sampler, data), ema, LrScheduleHandler(scheduler, print_lr=False), *handlers, checkpoint
         ],
     )  # fmt: skip
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: losses.append(e.state.output["loss"].item()))
@@ -173,6 +176,8 @@ def test_a_training_that_was_stopped_goes_on_to_the_very_weights_of_one_that_was
     assert later == losses[10:]
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+    averages = [load_file(tmp_path / way / "model.pt")["state_dict"] for way in ("a", "b")]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
 def test_ranks_and_epochs_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from monai_synth.training.autoencoder import AutoencoderTrainer, Reconstruction
 from monai_synth.training.classifier import ConvergenceReport, classifier_loss, initial_output, is_classification
 from monai_synth.training.handlers import (
+    EMA,
     EpochSeed,
     MLflowRun,
     RunProgress,
@@ -21,6 +22,7 @@ from monai_synth.training.prepare_batch import (
 )
 
 __all__ = [
+    "EMA",
     "AutoencoderTrainer",
     "ConvergenceReport",
     "EpochSeed",

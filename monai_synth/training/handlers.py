@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 from monai.handlers import MLFlowHandler
 from monai.utils import path_to_sqlite_uri
 from torch import nn
@@ -80,6 +81,29 @@ class EpochSeed:
         transform = getattr(self.dataset, "transform", None)
         if hasattr(transform, "set_random_state"):
             transform.set_random_state(number)
+
+
+class EMA(EMAHandler):
+    """Ignite's exponential moving average, whose warm-up goes on where a resumed training left it.
+
+    Thesis Eq 4.1 with ``gamma = 1 - momentum``; save ``ema_model`` with the training.
+
+    Args:
+        model: the network; the average leaves a wrapper for distributed training aside.
+        decay: gamma.
+        warmup_iters: iterations in which the momentum falls from one half to ``1 - decay``, so that the average does
+            not remember the fresh network.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, warmup_iters: int) -> None:
+        super().__init__(model, momentum=1.0 - decay, momentum_warmup=0.5, warmup_iters=warmup_iters)
+
+    def attach(self, engine: Engine) -> None:  # type: ignore[override]
+        super().attach(engine)
+        engine.add_event_handler(Events.STARTED, self._go_on)
+
+    def _go_on(self, engine: Engine) -> None:
+        self.momentum_scheduler.event_index = engine.state.iteration
 
 
 class StageCheckpoint:
