@@ -9,6 +9,7 @@ autoencoder). It is loaded with ``weights_only=True``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import os
@@ -26,8 +27,18 @@ FORMAT = "monai_synth/1"
 NETWORK_PACKAGES = ("monai_synth.networks", "monai.networks.nets")
 
 
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits; read again only when its size or modification time changed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    stat = os.stat(path)
+    return _sha256(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -20,9 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monai_synth.checkpoint import sha256_of
 from monai_synth.errors import UserError
 from monai_synth.export import provenance
-from monai_synth.export.provenance import ProvenanceWriter, read_provenance, sha256_of
+from monai_synth.export.provenance import ProvenanceWriter, read_provenance
 
 DIGEST = "0" * 64
 

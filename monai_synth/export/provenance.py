@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -108,7 +107,7 @@ class ProvenanceWriter:
         Args:
             case_id: as in the dataset that the image belongs to.
             seed: that gives this image, whatever the batch.
-            checkpoints: role -> SHA-256 (`sha256_of`) of each file that took part.
+            checkpoints: role -> SHA-256 (`monai_synth.checkpoint.sha256_of`) of each file that took part.
             sampler: name of the sampler.
             num_steps: of the sampler.
             precision: e.g. "float32", "bfloat16".
@@ -185,25 +184,6 @@ def read_provenance(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise FileNotFoundError(msg)
     content = path.read_bytes()
     return _parse(path, content[: content.rfind(b"\n") + 1])
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits; read again only when its size or modification time changed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    stat = os.stat(path)
-    return _sha256(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
