@@ -26,6 +26,7 @@ from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 from torch import nn
 
+from monai_synth.atomic import write_json
 from monai_synth.checkpoint import (
     build_network,
     load_file,
@@ -115,10 +116,8 @@ def remember_run(latest_dir: str, ckpt_dir: str, dataset_dir: str) -> None:
         return
     path = Path(latest_dir) / LATEST
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{LATEST}.{os.getpid()}.part")
     content = {"ckpt_dir": str(Path(ckpt_dir).absolute()), "dataset_dir": str(Path(dataset_dir).absolute())}
-    partial.write_text(json.dumps(content, indent=4) + "\n")
-    os.replace(partial, path)
+    write_json(path, content)
 
 
 def latest_run(latest_dir: str, phantom_dir: str) -> dict[str, str]:

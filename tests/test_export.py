@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from monai_synth import atomic
 from monai_synth.errors import UserError
-from monai_synth.export import atomic
 from monai_synth.export.nnunet import NNUNetRawWriter, sanitize_case_id
 
 LABELS = {"background": 0, "body": 1, "nodule": 2}

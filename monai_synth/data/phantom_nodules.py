@@ -9,18 +9,8 @@ import numpy as np
 from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes, label
 
 from monai_synth.data.phantom_shapes import Array, Box, Grid, blend, capsule, soft
+from monai_synth.data.semantic import FEATURES as RATINGS
 
-RATINGS = (
-    "subtlety",
-    "internal_structure",
-    "calcification",
-    "sphericity",
-    "margin",
-    "lobulation",
-    "spiculation",
-    "texture",
-    "malignancy",
-)
 RATING_MAX = dict.fromkeys(RATINGS, 5) | {"internal_structure": 4, "calcification": 6}
 NUM_READERS = 4
 

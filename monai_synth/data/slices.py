@@ -53,6 +53,11 @@ def one_hot(label: torch.Tensor, num_labels: int) -> torch.Tensor:
     return F.one_hot(label[:, 0].long(), num_labels).movedim(-1, 1).float()
 
 
+def collapse_nodules(label: torch.Tensor) -> torch.Tensor:
+    """Give all nodules the label of the first nodule class, so that the map does not tell malignancy (SEEDS 2.3.15)."""
+    return label.clamp(max=NODULE_LABEL_MIN)
+
+
 def check_labels(label: torch.Tensor | np.ndarray, num_labels: int, where: str) -> None:
     """Refuse a label map with a value outside 0..num_labels-1.
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from monai_synth.atomic import write_json
 from monai_synth.data.datalist import read_dataset
 from monai_synth.data.semantic import LABELS, uint8_to_hu
 from monai_synth.errors import UserError
 from monai_synth.evaluate.semantic_fidelity import class_dice, summarize
-from monai_synth.export.atomic import write_json
 
 
 @dataclass(frozen=True)

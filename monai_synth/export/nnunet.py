@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from monai_synth.atomic import remove_leftovers, write_bytes, write_json
 from monai_synth.errors import UserError
-from monai_synth.export.atomic import remove_leftovers, write_bytes, write_json
 from monai_synth.export.encode import checked_image, checked_label, checked_spacing, encode
 
 READER_WRITERS = {".png": "NaturalImage2DIO", ".nii.gz": "SimpleITKIO"}

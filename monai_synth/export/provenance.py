@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from monai_synth.atomic import write_bytes
 from monai_synth.errors import UserError
-from monai_synth.export.atomic import write_bytes
 
 PACKAGES = ("monai_synth", "monai", "torch", "diffusers", "numpy")
 

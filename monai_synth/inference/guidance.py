@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
+from monai_synth.data.slices import NODULE_LABEL_MIN
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import latent_window
 
 MALIGNANCY = "malignancy"  # the one feature that is classified; the others are regressed
-FIRST_NODULE_LABEL = 5  # labels 5, 6 and 7 of the semantic map are nodules, the first of them benign
 
 
 @dataclass(frozen=True)
@@ -223,12 +223,12 @@ def nodule_requests(
     if array.ndim != 2 or any(size % factor for size in array.shape):
         msg = f"The label map has shape {array.shape}; it must be (H, W), both multiples of {factor}."
         raise UserError(msg)
-    components, count = ndimage.label(array >= FIRST_NODULE_LABEL, structure=np.ones((3, 3)))
+    components, count = ndimage.label(array >= NODULE_LABEL_MIN, structure=np.ones((3, 3)))
     if nodules is None:
         found = [(components == i + 1) for i in range(count)]
         centers = [np.argwhere(mask).mean(axis=0) for mask in found]
         nodules = [
-            {"malignant": int(array[mask].max() > FIRST_NODULE_LABEL), "center": center}
+            {"malignant": int(array[mask].max() > NODULE_LABEL_MIN), "center": center}
             for mask, center in zip(found, centers, strict=True)
         ]
     else:

@@ -10,7 +10,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
-from monai_synth.data.slices import one_hot
+from monai_synth.data.slices import collapse_nodules, one_hot
 from monai_synth.diffusion import make_sampler
 from monai_synth.errors import UserError
 from monai_synth.inference.guidance import NoduleGuidance, nodule_requests
@@ -98,7 +98,7 @@ class LSDMInferer(Inferer):
         """
         label = inputs
         if self.collapse_nodule_labels:
-            label = label.clamp(max=5)
+            label = collapse_nodules(label)
         cond = self.codec.encode_label(label) * self.codec.scale_factor
         size = tuple(cond.shape[2:])
         seg = pool_semantic(one_hot(label, self.codec.num_labels), size, self.semantic_downsample)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from monai_synth.data.datalist import read_dataset
 from monai_synth.data.semantic import FEATURES
-from monai_synth.data.slices import NODULE_LABEL_MIN, one_hot, slice_preprocessing
+from monai_synth.data.slices import collapse_nodules, one_hot, slice_preprocessing
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec, latent_window
 from monai_synth.networks.spade import pool_semantic
@@ -36,11 +36,6 @@ logger = logging.getLogger(__name__)
 
 ARRAYS = ("mean", "std", "cond", "seg")
 CACHE_FORMAT = 1
-
-
-def collapse_nodules(label: torch.Tensor) -> torch.Tensor:
-    """Give all nodules the label of the first nodule class, so that the map does not tell malignancy (SEEDS 2.3.15)."""
-    return label.clamp(max=NODULE_LABEL_MIN)
 
 
 class LatentCache:
@@ -54,7 +49,7 @@ class LatentCache:
         cache_dir: folder that holds the caches.
         image_size: (H, W) to which slices are resized.
         semantic_downsample: pooling of the map to the latent grid, see ``SPADEUNet``.
-        collapse_nodule_labels: see :func:`collapse_nodules`.
+        collapse_nodule_labels: see :func:`monai_synth.data.slices.collapse_nodules`.
         device: where to encode.
         batch_size: slices per encoder call.
     """

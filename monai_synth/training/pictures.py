@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 
+from monai_synth.atomic import write_bytes
 from monai_synth.training.handlers import MLflowRun, rank
 
 # background, body, soft tissue, high dense, lung, benign, indeterminate and malignant nodule
@@ -53,9 +54,9 @@ def picture_grid(rows: Sequence[Sequence[np.ndarray]], path: str | Path, gap: in
             sheet[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = cell
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    Image.fromarray(sheet).save(partial, format="PNG")
-    os.replace(partial, path)
+    content = io.BytesIO()
+    Image.fromarray(sheet).save(content, format="PNG")
+    write_bytes(path, content.getvalue())
     return path
 
 

@@ -36,6 +36,16 @@ class _NoisyPrepareBatch(PrepareBatch):
         t = torch.cat([torch.randint(0, self.num_train_timesteps, (1,), generator=g) for g in generators])
         return t, [torch.stack([torch.randn(shape[1:], generator=g) for g in generators]) for _ in range(num_noises)]
 
+    def noisy_latents(
+        self, mean: torch.Tensor, std: torch.Tensor, index: torch.Tensor, scale_factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A scaled draw z_0 from the posterior, z_t, its noise eps, and t, on the device of ``mean``."""
+        t, noises = self.draw(mean.shape, index, 2)
+        t = t.to(mean.device)
+        posterior, eps = (n.to(mean) for n in noises)
+        z_0 = (mean + std * posterior) * scale_factor
+        return z_0, add_noise(self.alphas_cumprod, z_0, eps, t), eps, t
+
 
 class ExpandChannels(PrepareBatch):
     """Image -> (image, image) with the channels that the autoencoder takes."""
@@ -80,11 +90,7 @@ class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
         mean, std, cond, seg = (
             batchdata[k].to(device, non_blocking=non_blocking) for k in ("mean", "std", "cond", "seg")
         )
-        t, noises = self.draw(mean.shape, batchdata["index"], 2)
-        t = t.to(device)
-        posterior, eps = (n.to(device, mean.dtype) for n in noises)
-        z_0 = (mean + std * posterior) * self.scale_factor
-        z_t = add_noise(self.alphas_cumprod, z_0, eps, t)
+        z_0, z_t, eps, t = self.noisy_latents(mean, std, batchdata["index"], self.scale_factor)
         inputs = torch.cat([z_t, cond * self.scale_factor], dim=1)
         return inputs, training_target(self.schedule, z_0, eps, t), (), {"timesteps": t, "seg": seg}
 
@@ -123,10 +129,7 @@ class NoisyCropPrepareBatch(_NoisyPrepareBatch):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, torch.Tensor]]:
         mean, std = (batchdata[k].to(device, non_blocking=non_blocking) for k in ("mean", "std"))
         target = batchdata["target"].to(device)
-        t, noises = self.draw(mean.shape, batchdata["index"], 2)
-        t = t.to(device)
-        posterior, eps = (n.to(device, mean.dtype) for n in noises)
-        z_0 = (mean + std * posterior) * self.codec.scale_factor
-        x_t = self.codec.decode(add_noise(self.alphas_cumprod, z_0, eps, t))
+        _, z_t, _, t = self.noisy_latents(mean, std, batchdata["index"], self.codec.scale_factor)
+        x_t = self.codec.decode(z_t)
         target = target.long() if self.classification else target.float()[:, None]
         return x_t, target, (), {"timesteps": t}
