@@ -63,16 +63,29 @@ def _prepare_lidc(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
-    from monai_synth.data.phantom import write_phantom
+    given = {name: value for name in _PHANTOM_KIND if (value := getattr(arguments, name)) is not None}
+    for name in given:
+        if arguments.kind != _PHANTOM_KIND[name]:
+            raise UserError(f"--{name} is of --kind {_PHANTOM_KIND[name]}, got --kind {arguments.kind}; leave it out")
+    values = {_PHANTOM_PARAMETER.get(name, name): value for name, value in given.items()}
+    if arguments.kind == "nuclei":
+        from monai_synth.data.phantom_nuclei import write_nuclei
 
-    write_phantom(
-        arguments.out,
-        num_patients=arguments.patients,
-        num_slices=arguments.slices,
-        matrix=arguments.matrix,
-        seed=arguments.seed,
-        num_workers=arguments.workers,
-    )
+        write_nuclei(arguments.out, seed=arguments.seed, **values)
+    else:
+        from monai_synth.data.phantom import write_phantom
+
+        write_phantom(arguments.out, seed=arguments.seed, **values)
+
+
+_PHANTOM_KIND = dict.fromkeys(("patients", "slices", "matrix", "workers"), "lidc")
+_PHANTOM_KIND |= dict.fromkeys(("images", "size"), "nuclei")
+_PHANTOM_PARAMETER = {
+    "patients": "num_patients",
+    "slices": "num_slices",
+    "workers": "num_workers",
+    "images": "num_images",
+}
 
 
 def _evaluate_semantic(arguments: argparse.Namespace) -> None:
@@ -176,34 +189,30 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
     phantom = sources.add_parser(
         "phantom",
-        help="an artificial thorax CT collection in the form of LIDC-IDRI",
-        description="Write DICOM series of artificial chests with the XML of four readers, to try out.",
+        help="artificial data to try out: thorax CT in the form of LIDC-IDRI, or stained nuclei with masks",
+        description="Write DICOM series of artificial chests with the XML of four readers, or pictures of "
+        "stained tissue with the masks of their nuclei.",
     )
     phantom.set_defaults(call=_prepare_phantom)
-    phantom.add_argument("out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc OUT ...")
     phantom.add_argument(
-        "--patients",
-        type=int,
-        default=24,
-        metavar="N",
-        help="patients; 1 to 9999 (default: %(default)s)",
+        "out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc (or pairs) OUT ..."
     )
     phantom.add_argument(
-        "--slices",
-        type=int,
-        default=24,
-        metavar="N",
-        help="slices of 2.5 mm per patient; 4 to 80 (default: %(default)s)",
+        "--kind",
+        choices=("lidc", "nuclei"),
+        default="lidc",
+        help="what to compute: CT for prepare lidc, or pictures and masks for prepare pairs (default: %(default)s)",
     )
-    phantom.add_argument(
-        "--matrix",
-        type=int,
-        default=256,
-        metavar="N",
-        help="rows and columns of a slice; pixels, 64 to 1024 (default: %(default)s)",
-    )
+    for option, text in {
+        "--patients": "lidc: patients; 1 to 9999 (default: 24)",
+        "--slices": "lidc: slices of 2.5 mm per patient; 4 to 80 (default: 24)",
+        "--matrix": "lidc: rows and columns of a slice; pixels, 64 to 512 (default: 256)",
+        "--workers": "lidc: processes; 1 or more (default: one per CPU core)",
+        "--images": "nuclei: pictures; 1 to 99999 (default: 40)",
+        "--size": "nuclei: rows and columns of a picture; pixels, 32 to 2048 (default: 128)",
+    }.items():
+        phantom.add_argument(option, type=int, metavar="N", help=text)
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)")
-    _add_workers(phantom)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
