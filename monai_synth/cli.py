@@ -62,6 +62,37 @@ def _prepare_lidc(arguments: argparse.Namespace) -> None:
     )
 
 
+def _prepare_pairs(arguments: argparse.Namespace) -> None:
+    from monai_synth.data.pairs import prepare_pairs
+
+    prepare_pairs(
+        arguments.source,
+        arguments.out,
+        image_dir=arguments.image_dir,
+        label_dir=arguments.label_dir,
+        label_suffix=arguments.label_suffix,
+        labels=arguments.labels,
+        label_values=arguments.label_values,
+        threshold=arguments.threshold,
+        size=arguments.size,
+        patch_size=arguments.patch_size,
+        stride=arguments.stride,
+        window=arguments.window,
+        percentiles=arguments.percentiles,
+        grey=arguments.grey,
+        modality=arguments.modality,
+        group_regex=arguments.group_regex,
+        anonymize_ids=arguments.anonymize_ids,
+        splits=tuple(arguments.splits),
+        test_dir=arguments.test_dir,
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+        skip_bad=arguments.skip_bad,
+        overwrite=arguments.overwrite,
+        name=arguments.name,
+    )
+
+
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
     given = {name: value for name in _PHANTOM_KIND if (value := getattr(arguments, name)) is not None}
     for name in given:
@@ -187,6 +218,15 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "(default: written nowhere)",
     )
 
+    _add_pairs(
+        sources.add_parser(
+            "pairs",
+            help="images with masks: PNG, JPEG, TIFF, BMP, NIfTI, DICOM, or an nnU-Net raw dataset",
+            description="Read images and masks with equal file names (SRC/images/a.png, SRC/masks/a.png; also below "
+            "SRC/train, SRC/val, SRC/test), or a raw dataset of nnU-Net or MSD; write pairs of one form with a split.",
+        )
+    )
+
     phantom = sources.add_parser(
         "phantom",
         help="artificial data to try out: thorax CT in the form of LIDC-IDRI, or stained nuclei with masks",
@@ -213,6 +253,115 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     }.items():
         phantom.add_argument(option, type=int, metavar="N", help=text)
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)")
+
+
+def _add_pairs(pairs: argparse.ArgumentParser) -> None:
+    pairs.set_defaults(call=_prepare_pairs)
+    pairs.add_argument("source", metavar="SRC", help="folder that holds the images and the masks")
+    pairs.add_argument("out", metavar="OUT", help="folder to write; dataset.json, images/ and labels/ go into it")
+    pairs.add_argument("--image-dir", default="images", metavar="DIR", help="folder of images (default: %(default)s)")
+    pairs.add_argument("--label-dir", default="masks", metavar="DIR", help="folder of masks (default: %(default)s)")
+    pairs.add_argument(
+        "--label-suffix",
+        default="",
+        metavar="TEXT",
+        help="what the names of masks have after those of their images, such as _mask (default: nothing)",
+    )
+    pairs.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="names of what the masks show, without the background (default: those of SRC/dataset.json)",
+    )
+    pairs.add_argument(
+        "--label-values",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="value of each label in the masks; 1 to 255 (default: 1 2 ...; for one label any one value but 0)",
+    )
+    pairs.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="masks of one label are foreground above this; 0 to 254 (default: none; 127 for JPEG)",
+    )
+    pairs.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="resize to H W or X Y Z; pixels, 1 or more (default: keep the size)",
+    )
+    pairs.add_argument(
+        "--patch-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="cut into tiles of H W or X Y Z, after --size; pixels, 1 or more (default: whole images)",
+    )
+    pairs.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="distance of tiles; pixels, 1 or more, at most the patch size (default: the patch size)",
+    )
+    pairs.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values to become 0 and 255, for CT in HU (default: 8-bit images are kept, see --percentiles)",
+    )
+    pairs.add_argument(
+        "--percentiles",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="of each image, to become 0 and 255; 0 to 100 (default: 0.5 99.5 unless all images have 8 bits)",
+    )
+    pairs.add_argument("--grey", action="store_true", help="make RGB images grey (default: keep the colours)")
+    pairs.add_argument(
+        "--modality", metavar="NAME", help="what the images are, such as MR (default: what their files say)"
+    )
+    pairs.add_argument(
+        "--group-regex",
+        metavar="RE",
+        help="names the patient in an image's name by its first group, or the whole match; a patient is in one split "
+        "only (default: each image is a patient; for DICOM the PatientID)",
+    )
+    pairs.add_argument(
+        "--anonymize-ids",
+        action="store_true",
+        help="number patients and cases (default: keep the files' names; DICOM is always numbered)",
+    )
+    pairs.add_argument(
+        "--splits",
+        type=float,
+        nargs=3,
+        default=(0.8, 0.1, 0.1),
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="parts of the patients, each from 0 to 1, together 1; splits that SRC gives are kept "
+        "(default: 0.8 0.1 0.1)",
+    )
+    pairs.add_argument(
+        "--test-dir",
+        metavar="DIR",
+        help="another folder like SRC, all of it for the test split (default: none)",
+    )
+    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; 0 or more (default: 0)")
+    _add_workers(pairs)
+    pairs.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="report unusable files and go on (default: report them and stop)",
+    )
+    pairs.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset that is in OUT (default: keep it and stop)",
+    )
+    pairs.add_argument("--name", metavar="NAME", help="of the dataset (default: that of the folder SRC)")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

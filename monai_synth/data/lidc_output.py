@@ -44,7 +44,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     foreign = [name for name in entries if name not in _OWN_ENTRIES]
     for folder in ("images", "labels"):
         inside = sorted((out / folder).iterdir()) if (out / folder).is_dir() else []
-        foreign += [f"{folder}/{p.name}" for p in inside if p.suffix != ".png" or not p.is_file()]
+        ours = (".png", ".nii.gz")
+        foreign += [f"{folder}/{p.name}" for p in inside if not p.name.endswith(ours) or not p.is_file()]
     if "dataset.json" not in entries or foreign:
         what = f"{foreign[0]}, which is no part of one" if foreign else "no dataset.json"
         raise UserError(

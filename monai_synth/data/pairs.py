@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``monai-synth prepare pairs``: images with masks, in the forms that users have, to a dataset of pairs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from monai_synth import __version__
+from monai_synth.atomic import write_json
+from monai_synth.data.datalist import SPLITS
+from monai_synth.data.lidc import _cannot_write, _num_workers
+from monai_synth.data.lidc_output import check_output, whole_folder
+from monai_synth.data.lidc_pool import map_unordered
+from monai_synth.data.lidc_series import Problem
+from monai_synth.data.pair_files import FILE_ENDINGS
+from monai_synth.data.pairs_output import PairResult, PairTask, Recipe, prepare_pair
+from monai_synth.data.pairs_read import Form, inspect_image
+from monai_synth.data.pairs_source import Pair, PairSource, find_pairs, plain
+from monai_synth.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_MAX_REPORTED = 10
+_PERCENTILES = (0.5, 99.5)
+_PAIRS_PER_WORKER = 16  # a worker's start costs about as much
+
+
+def prepare_pairs(
+    source: str | Path,
+    out: str | Path,
+    *,
+    image_dir: str = "images",
+    label_dir: str = "masks",
+    label_suffix: str = "",
+    labels: Sequence[str] | None = None,
+    label_values: Sequence[int] | None = None,
+    threshold: float | None = None,
+    size: Sequence[int] | None = None,
+    patch_size: Sequence[int] | None = None,
+    stride: int | None = None,
+    window: Sequence[float] | None = None,
+    percentiles: Sequence[float] | None = None,
+    grey: bool = False,
+    modality: str | None = None,
+    group_regex: str | None = None,
+    anonymize_ids: bool = False,
+    splits: Sequence[float] = (0.8, 0.1, 0.1),
+    test_dir: str | Path | None = None,
+    seed: int = 0,
+    num_workers: int | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Prepare pairs of images and label maps.
+
+    ``source`` holds two folders with files of equal stems, or ``train/``, ``val/`` and ``test/`` that hold two
+    such folders each, or is a raw dataset of nnU-Net v2 or MSD (``imagesTr``, ``labelsTr``). Images and masks are
+    PNG, JPEG, TIFF, BMP, NIfTI (2-D, 3-D) or DICOM (one frame). The same source and settings give the same bytes.
+
+    Args:
+        source: folder.
+        out: folder to write, outside ``source``; it must not exist unless ``overwrite``.
+        image_dir: folder of the images.
+        label_dir: folder of the masks.
+        label_suffix: what stems of masks have after those of their images, such as "_mask".
+        labels: names without the background. Default: those of the source's ``dataset.json``.
+        label_values: value of each label in the masks. Default: 1, 2, ...; for one label any one value beside 0.
+        threshold: for one label: foreground is above it. Default: masks hold labels; 127 for JPEG.
+        size: resize to (rows, columns) or (X, Y, Z). Default: keep.
+        patch_size: cut into tiles of this size, after any resizing. Default: whole images.
+        stride: distance of tiles. Default: ``patch_size``, so that they only overlap at the end.
+        window: values that become 0 and 255. Default: 8-bit images are kept, others get ``percentiles``.
+        percentiles: of each image, that become 0 and 255. Default: (0.5, 99.5) unless every image has 8 bits.
+        grey: make RGB images grey.
+        modality: word for the head. Default: as the source says.
+        group_regex: where it matches the path of an image below its folder (without its ending), its first group,
+            or all of it, names the patient. Default: each image is its own; for DICOM the PatientID.
+        anonymize_ids: serial numbers instead of the source's names, as DICOM always gets.
+        splits: shares of groups for training, validation and test; those that the source gives are kept.
+        test_dir: another folder of the same form, whose pairs are the test split.
+        seed: of the split.
+        num_workers: processes; None takes up to one per core.
+        skip_bad: prepare what is usable and count the rest; otherwise anything unusable refuses the source.
+        overwrite: replace a dataset that was prepared before.
+        progress: show progress bars.
+        name: of the dataset. Default: that of the source's folder.
+
+    Returns:
+        The content of ``dataset.json``.
+
+    Raises:
+        UserError: a setting is out of range, the source has nothing usable or something unusable, the output may
+            not be written, or the disk is full.
+    """
+    source, out = Path(source).expanduser().absolute(), Path(os.path.abspath(Path(out).expanduser()))
+    test = None if test_dir is None else Path(test_dir).expanduser().absolute()
+    settings = {
+        "labels": None if labels is None else list(labels),
+        "label_values": None if label_values is None else [int(v) for v in label_values],
+        "threshold": None if threshold is None else float(threshold),
+        "size": None if size is None else [int(n) for n in size],
+        "patch_size": None if patch_size is None else [int(n) for n in patch_size],
+        "stride": None if stride is None else int(stride),
+        "window": None if window is None else [float(v) for v in window],
+        "percentiles": None if percentiles is None else [float(v) for v in percentiles],
+        "grey": bool(grey),
+        "group_regex": group_regex,
+        "anonymize_ids": bool(anonymize_ids),
+        "splits": [float(s) for s in splits],
+        "seed": int(seed),
+    }
+    _check_settings(settings)
+    _check_places(source, test, out, overwrite)
+    found = find_pairs(source, image_dir=image_dir, label_dir=label_dir, label_suffix=label_suffix, test_dir=test)
+    forms = _inspect(found, grey, progress)
+    _refuse_nothing(found, source)
+    label_names, values = _labels(settings, found)
+    recipe = _recipe(settings, forms, label_names, values)
+    group_of = _groups(found, forms, group_regex)
+    split_groups(found, group_of, settings["splits"], seed)  # too few are told before the work
+    tasks = _tasks(found, group_of, recipe, anonymize_ids or any(f.modality for f in forms.values()))
+    workers = _num_workers(num_workers)
+    if num_workers is None:
+        workers = min(workers, -(-len(tasks) // _PAIRS_PER_WORKER))
+    with whole_folder(out, overwrite=overwrite) as folder:
+        try:
+            results = _prepare_all(tasks, folder, workers, found, progress)
+            _refuse_or_count(found, source, skip_bad)
+            _refuse_nothing(found, source)
+            _refuse_several_values(results)
+            split_of = split_groups(found, group_of, settings["splits"], seed)
+            head = _head(name or source.name, modality, found, forms, recipe, label_names, results)
+            content = {
+                **head,
+                "source": _source(found, group_of, results),
+                "created_with": {"monai_synth": __version__, "settings": settings},
+                **{s: [c for r in results if split_of[r.task.pair.name] == s for c in r.cases] for s in SPLITS},
+            }
+            write_json(folder / "dataset.json", content)
+        except OSError as error:
+            raise UserError(_cannot_write(out, error)) from error
+    return content
+
+
+def split_groups(found: PairSource, group_of: Mapping[str, str], splits: Sequence[float], seed: int) -> dict[str, str]:
+    """Split by group, deterministic by seed; the splits that the source gives are kept.
+
+    The other splits are taken from the training folder, by their shares; each with a share above 0 gets at least
+    one group.
+
+    Args:
+        found: pairs with the splits that the source gives.
+        group_of: group by name of the pair.
+        splits: shares for training, validation and test.
+        seed: of the random order.
+
+    Returns:
+        Split by name of the pair.
+
+    Raises:
+        UserError: fewer groups than splits, or a group in two splits of the source.
+    """
+    given: dict[str, str] = {}
+    for pair in found.pairs:
+        group, split = group_of[pair.name], pair.split
+        if given.setdefault(group, split) != split:
+            both = f"{given[group]} and {split}"
+            raise UserError(
+                f"group {group} is in {both} of the source; move its images into one, or change --group-regex"
+            )
+    pool = sorted(group for group, split in given.items() if split == "training")
+    shares = {s: share for s, share in zip(SPLITS, splits, strict=True) if share > 0 and s not in found.given_splits}
+    if len(pool) < len(shares):
+        got = f"{len(found.pairs)} pair(s) in {len(given)} group(s), {len(pool)} of them to split"
+        remedy = "add images, or give --splits 1 0 0 (all for training) or --splits 0.5 0 0.5"
+        raise UserError(f"{got}; {', '.join(shares)} need at least one group each; {remedy}")
+    order = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
+    left = len(order)
+    for split in ("test", "validation"):
+        if split in shares:
+            wanted = int(np.floor(shares[split] / sum(shares.values()) * len(order) + 0.5))
+            still = sum(s in shares for s in SPLITS[: SPLITS.index(split)])  # each of them needs one
+            take = min(max(wanted, 1), left - still)
+            given |= dict.fromkeys(order[left - take : left], split)
+            left -= take
+    return {pair.name: given[group_of[pair.name]] for pair in found.pairs}
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    def names_ok(v: list[str]) -> bool:
+        return 1 <= len(v) <= 255 and len(set(v)) == len(v) and "background" not in v and all(v)
+
+    checks = (
+        ("labels", "1 to 255 different names, without the background", names_ok),
+        (
+            "label_values",
+            "different numbers from 1 to 255",
+            lambda v: set(v) <= set(range(1, 256)) and len(set(v)) == len(v),
+        ),
+        ("threshold", "0 or more and below 255", lambda v: 0 <= v < 255),
+        ("size", "two or three numbers of pixels, 1 or more", lambda v: len(v) in (2, 3) and min(v) >= 1),
+        ("patch_size", "two or three numbers of pixels, 1 or more", lambda v: len(v) in (2, 3) and min(v) >= 1),
+        ("stride", "1 or more (pixels)", lambda v: v >= 1),
+        ("window", "two values, the lower one first", lambda v: len(v) == 2 and v[0] < v[1]),
+        (
+            "percentiles",
+            "two values from 0 to 100, the lower one first",
+            lambda v: len(v) == 2 and 0 <= v[0] < v[1] <= 100,
+        ),
+        (
+            "splits",
+            "three shares of 0 or more that add up to 1, the first above 0",
+            lambda v: len(v) == 3 and min(v) >= 0 and v[0] > 0 and abs(sum(v) - 1) < 1e-6,
+        ),
+        ("seed", "0 or more", lambda v: v >= 0),
+    )
+    for key, allowed, is_right in checks:
+        if settings[key] is not None and not is_right(settings[key]):
+            raise UserError(f"{key} is {settings[key]}; allowed is {allowed}. Change --{key.replace('_', '-')}")
+    stride, patch = settings["stride"], settings["patch_size"]
+    if stride is not None and (patch is None or stride > min(patch)):
+        raise UserError(f"stride is {stride}, patch_size {patch}; a stride is at most the patch size. Change --stride")
+    if settings["window"] is not None and settings["percentiles"] is not None:
+        raise UserError("window and percentiles are given; one of them sets the intensities. Leave one out")
+    if settings["threshold"] is not None and (len(settings["labels"] or ()) > 1 or settings["label_values"]):
+        raise UserError("threshold makes one label, but labels or values of labels are given; leave one of them out")
+    try:
+        re.compile(settings["group_regex"] or "")
+    except re.error as error:
+        raise UserError(f"group_regex {settings['group_regex']!r} is no regular expression ({error})") from error
+
+
+def _check_places(source: Path, test: Path | None, out: Path, overwrite: bool) -> None:
+    real_out = out.resolve()
+    for place in [source] if test is None else [source, test]:
+        real = place.resolve()
+        if real == real_out or real_out in real.parents or real in real_out.parents:
+            raise UserError(f"output {out} is, holds or lies in the source {place}; name a folder outside it")
+    check_output(out, overwrite=overwrite)
+
+
+def _inspect(found: PairSource, grey: bool, progress: bool) -> dict[str, Form]:
+    """Form of each image, as it will be written, by name of the pair; pairs of an unusual form become problems."""
+    forms: dict[str, Form] = {}
+    for pair in tqdm(found.pairs, desc="reading headers", unit="image", disable=not progress):
+        try:
+            first = inspect_image(pair.images[0])
+            rest = sum(inspect_image(path).channels for path in pair.images[1:])
+        except UserError as error:
+            found.problems.append(Problem("unusable", str(error)))
+            continue
+        channels = first.channels + rest
+        channels = 1 if grey and (first.spatial_dims, channels) == (2, 3) else channels
+        forms[pair.name] = replace(first, channels=channels)
+    kinds = Counter(_kind_of(form) for form in forms.values())
+    usual = max(kinds, key=lambda kind: (kinds[kind], kind), default=None)
+    for pair in found.pairs:
+        form = forms.get(pair.name)
+        if form is not None and _kind_of(form) != usual:
+            got, wanted = (f"{dims}-D with {n} channel(s)" for dims, n in (_kind_of(form), usual))
+            remedy = "prepare them apart" if grey or form.spatial_dims == 3 else "make all alike, or give --grey"
+            msg = f"{pair.images[0]}: {got}, most of the others are {wanted}; {remedy}"
+            found.problems.append(Problem("other_form", msg))
+            del forms[pair.name]
+    found.pairs = [pair for pair in found.pairs if pair.name in forms]
+    return forms
+
+
+def _kind_of(form: Form) -> tuple[int, int]:
+    return form.spatial_dims, form.channels
+
+
+def _labels(settings: Mapping[str, Any], found: PairSource) -> tuple[list[str], tuple[int, ...] | None]:
+    """Names without the background, and their values in the masks (None: 1, 2, ..., or any for one)."""
+    names, values = settings["labels"], settings["label_values"]
+    if names is None:
+        if not found.labels:
+            raise UserError("labels are not given; name what the masks show, for example --labels nucleus")
+        names, values = list(found.labels), values or list(found.labels.values())
+    if values is not None and len(values) != len(names):
+        raise UserError(f"{len(values)} label_values for {len(names)} labels ({', '.join(names)}); give one for each")
+    return names, None if values is None or settings["threshold"] is not None else tuple(values)
+
+
+def _recipe(
+    settings: Mapping[str, Any], forms: Mapping[str, Form], names: Sequence[str], values: tuple[int, ...] | None
+) -> Recipe:
+    dims, channels = _kind_of(next(iter(forms.values())))
+    if settings["grey"] and (dims, channels) != (2, 1):
+        raise UserError(f"grey is set, but the images are {dims}-D with {channels} channel(s); leave --grey out")
+    if dims == 2 and channels not in (1, 3):
+        raise UserError(f"the images are 2-D with {channels} channels; allowed are 1 (grey) and 3 (RGB)")
+    for key in ("size", "patch_size"):
+        if settings[key] is not None and len(settings[key]) != dims:
+            raise UserError(f"{key} is {settings[key]}, the images have {dims} axes; give one number for each")
+    percentiles = settings["percentiles"]
+    if settings["window"] is None and percentiles is None and not all(form.eight_bit for form in forms.values()):
+        percentiles = _PERCENTILES
+    lists = {key: settings[key] and tuple(settings[key]) for key in ("window", "size", "patch_size")}
+    return Recipe(
+        spatial_dims=dims,
+        channels=channels,
+        num_labels=len(names) + 1,
+        label_values=values,
+        threshold=settings["threshold"],
+        percentiles=percentiles and tuple(percentiles),
+        grey=settings["grey"],
+        stride=settings["stride"],
+        **lists,
+    )
+
+
+def _groups(found: PairSource, forms: Mapping[str, Form], regex: str | None) -> dict[str, str]:
+    """Group by name of the pair."""
+    if regex is None:
+        return {pair.name: forms[pair.name].patient or pair.name for pair in found.pairs}
+    groups, missed = {}, []
+    for pair in found.pairs:
+        match = re.search(regex, pair.key)
+        if match is None or not (match[1] if match.re.groups else match[0]):
+            missed.append(pair.key)
+        else:
+            groups[pair.name] = match[1] if match.re.groups else match[0]
+    if missed:
+        shown = ", ".join(missed[:_MAX_REPORTED])
+        raise UserError(f"group_regex {regex!r} finds no group in {len(missed)} name(s): {shown}; change --group-regex")
+    return groups
+
+
+def _tasks(found: PairSource, group_of: Mapping[str, str], recipe: Recipe, serial: bool) -> list[PairTask]:
+    groups = sorted(set(group_of.values()))
+    number = {group: f"p{i:04d}" for i, group in enumerate(groups, 1)}
+    members: dict[str, list[Pair]] = defaultdict(list)
+    for pair in found.pairs:
+        members[group_of[pair.name]].append(pair)
+    tasks = []
+    for group, pairs in members.items():
+        for i, pair in enumerate(pairs, 1):
+            case_id = f"{number[group]}-{i:04d}" if serial else plain(pair.name)
+            tasks.append(PairTask(pair, case_id, number[group] if serial else plain(group), recipe))
+    return sorted(tasks, key=lambda task: task.case_id)
+
+
+def _prepare_all(
+    tasks: Sequence[PairTask], folder: Path, workers: int, found: PairSource, progress: bool
+) -> list[PairResult]:
+    """Results in order of the case ids; problems go to ``found``, which keeps the pairs that are well."""
+    for part in ("images", "labels"):
+        (folder / part).mkdir()
+    results = []
+    with (
+        tqdm(total=len(tasks), desc="preparing pairs", unit="pair", disable=not progress) as bar,
+        closing(map_unordered(partial(prepare_pair, folder=folder), tasks, workers)) as items,
+    ):
+        for item in items:
+            bar.update()
+            (found.problems if isinstance(item, Problem) else results).append(item)
+    done = {result.task.pair.name for result in results}
+    found.pairs = [pair for pair in found.pairs if pair.name in done]
+    return sorted(results, key=lambda result: result.task.case_id)
+
+
+def _refuse_or_count(found: PairSource, source: Path, skip_bad: bool) -> None:
+    lines = sorted(problem.message for problem in found.problems)
+    if lines and not skip_bad:
+        shown = lines[:_MAX_REPORTED]
+        if len(lines) > len(shown):
+            shown.append(f"... and {len(lines) - len(shown)} more")
+        head = f"source {source} has {len(lines)} unusable file(s), so nothing is written; "
+        raise UserError("\n  ".join([head + "mend them, or prepare the rest with --skip-bad:", *shown]))
+    for line in lines:
+        _LOG.warning("left out: %s", line)
+    for reason, number in found.ignored.items():
+        _LOG.warning("left out: %d file(s), %s", number, reason)
+
+
+def _refuse_nothing(found: PairSource, source: Path) -> None:
+    if found.pairs:
+        return
+    if found.problems:
+        _refuse_or_count(found, source, skip_bad=False)
+    raise UserError(f"source {source} holds no pair; its folders of images and masks are empty")
+
+
+def _refuse_several_values(results: Sequence[PairResult]) -> None:
+    """One label may have any value, but the same one in every mask: 1 here and 2 there may be two things."""
+    first: dict[int, str] = {}
+    for result in results:
+        if result.value is not None:
+            first.setdefault(result.value, Path(result.task.pair.label).name)
+    if len(first) > 1:
+        got = ", ".join(f"{value} in {name}" for value, name in sorted(first.items())[:5])
+        raise UserError(
+            f"masks show their one label as different values ({got}); if they mean the same, give --threshold 0, "
+            "else name every label with --labels"
+        )
+
+
+def _head(
+    name: str,
+    modality: str | None,
+    found: PairSource,
+    forms: Mapping[str, Form],
+    recipe: Recipe,
+    labels: Sequence[str],
+    results: Sequence[PairResult],
+) -> dict[str, Any]:
+    channel_names = _channel_names(modality, found, forms, recipe)
+    shapes = set().union(*(result.shapes for result in results))
+    if recipe.window:
+        unit, limits = "window", recipe.window
+    elif recipe.percentiles:
+        unit, limits = "percentile of each image", recipe.percentiles
+    else:
+        unit, limits = "grey value", (0, 255)
+    return {
+        "name": name,
+        "task": "pairs",
+        "modality": modality or ("RGB" if channel_names == ["R", "G", "B"] else "+".join(channel_names)),
+        "image_channels": recipe.channels,
+        "channel_names": channel_names,
+        "spatial_dims": recipe.spatial_dims,
+        "spatial_shape": list(next(iter(shapes))) if len(shapes) == 1 else None,
+        "intensity": {"unit": unit, "min": limits[0], "max": limits[1], "stored": "uint8 0..255"},
+        "labels": {"background": 0, **{label: i for i, label in enumerate(labels, 1)}},
+        "file_ending": FILE_ENDINGS[recipe.spatial_dims],
+    }
+
+
+def _channel_names(modality: str | None, found: PairSource, forms: Mapping[str, Form], recipe: Recipe) -> list[str]:
+    dims, channels = recipe.spatial_dims, recipe.channels
+    if found.channel_names is not None and len(found.channel_names) == channels:
+        return found.channel_names
+    if channels == 3 and dims == 2:
+        return ["R", "G", "B"]
+    modalities = {form.modality for form in forms.values()}
+    one = modality or (modalities.pop() if len(modalities) == 1 else "") or ("L" if dims == 2 else "unknown")
+    return [one] if channels == 1 else [f"{one}{i}" for i in range(channels)]
+
+
+def _source(found: PairSource, group_of: Mapping[str, str], results: Sequence[PairResult]) -> dict[str, Any]:
+    return {
+        "form": found.form,
+        "given_splits": list(found.given_splits),
+        "num_images": len(results),
+        "num_groups": len({group_of[pair.name] for pair in found.pairs}),
+        "num_cases": sum(len(result.cases) for result in results),
+        "num_empty_labels": sum(result.num_empty for result in results),
+        "num_full_labels": sum(result.num_full for result in results),
+        "ignored": dict(sorted(found.ignored.items())),
+        "bad": dict(sorted(Counter(problem.code for problem in found.problems).items())),
+    }
