@@ -284,7 +284,7 @@ def _add_pairs(pairs: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         metavar="T",
-        help="masks of one label are foreground above this; 0 to 254 (default: none; 127 for JPEG)",
+        help="masks of one label are foreground above this; 0 or more (default: none; 127 for JPEG)",
     )
     pairs.add_argument(
         "--size",

@@ -25,10 +25,16 @@ from monai_synth.errors import UserError
 
 VERBS = {
     "prepare lidc": ("monai_synth.data.lidc", "prepare_lidc"),
+    "prepare pairs": ("monai_synth.data.pairs", "prepare_pairs"),
     "prepare phantom": ("monai_synth.data.phantom", "write_phantom"),
     "evaluate semantic": ("monai_synth.evaluate.folders", "evaluate_folders"),
 }
-PLACES = {"prepare lidc": ["SRC", "OUT"], "prepare phantom": ["OUT"], "evaluate semantic": ["A", "B"]}
+PLACES = {
+    "prepare lidc": ["SRC", "OUT"],
+    "prepare pairs": ["SRC", "OUT"],
+    "prepare phantom": ["OUT"],
+    "evaluate semantic": ["A", "B"],
+}
 
 
 def call_of(verb: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -71,6 +77,19 @@ def test_the_defaults_are_those_of_the_function(verb: str, monkeypatch: pytest.M
         ("prepare lidc", ["--seed", "4", "--workers", "2"], {"seed": 4, "num_workers": 2}),
         ("prepare lidc", ["--skip-bad", "--overwrite"], {"skip_bad": True, "overwrite": True}),
         ("prepare lidc", ["--link-table", "t.csv"], {"link_table": "t.csv"}),
+        ("prepare pairs", ["--image-dir", "a", "--label-dir", "b"], {"image_dir": "a", "label_dir": "b"}),
+        ("prepare pairs", ["--label-suffix", "_mask", "--labels", "x", "y"], {"label_suffix": "_mask"}),
+        ("prepare pairs", ["--labels", "x", "y", "--label-values", "128", "255"], {"label_values": [128, 255]}),
+        ("prepare pairs", ["--labels", "x", "y"], {"labels": ["x", "y"]}),
+        ("prepare pairs", ["--threshold", "9.5", "--size", "64", "96"], {"threshold": 9.5, "size": [64, 96]}),
+        ("prepare pairs", ["--patch-size", "8", "9", "7", "--stride", "4"], {"patch_size": [8, 9, 7], "stride": 4}),
+        ("prepare pairs", ["--window", "-160", "240"], {"window": [-160.0, 240.0]}),
+        ("prepare pairs", ["--percentiles", "1", "99", "--grey"], {"percentiles": [1.0, 99.0], "grey": True}),
+        ("prepare pairs", ["--modality", "MR", "--name", "n"], {"modality": "MR", "name": "n"}),
+        ("prepare pairs", ["--group-regex", "^.", "--anonymize-ids"], {"group_regex": "^.", "anonymize_ids": True}),
+        ("prepare pairs", ["--splits", "0.5", "0", "0.5", "--seed", "3"], {"splits": (0.5, 0.0, 0.5), "seed": 3}),
+        ("prepare pairs", ["--test-dir", "t", "--workers", "2"], {"test_dir": "t", "num_workers": 2}),
+        ("prepare pairs", ["--skip-bad", "--overwrite"], {"skip_bad": True, "overwrite": True}),
         (
             "prepare phantom",
             ["--patients", "3", "--slices", "5"],

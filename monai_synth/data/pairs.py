@@ -145,7 +145,7 @@ def prepare_pairs(
             head = _head(name or source.name, modality, found, forms, recipe, label_names, results)
             content = {
                 **head,
-                "source": _source(found, group_of, results),
+                "source": _source(found, group_of, list(head["labels"]), results),
                 "created_with": {"monai_synth": __version__, "settings": settings},
                 **{s: [c for r in results if split_of[r.task.pair.name] == s for c in r.cases] for s in SPLITS},
             }
@@ -210,7 +210,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
             "different numbers from 1 to 255",
             lambda v: set(v) <= set(range(1, 256)) and len(set(v)) == len(v),
         ),
-        ("threshold", "0 or more and below 255", lambda v: 0 <= v < 255),
+        ("threshold", "0 or more", lambda v: v >= 0),
         ("size", "two or three numbers of pixels, 1 or more", lambda v: len(v) in (2, 3) and min(v) >= 1),
         ("patch_size", "two or three numbers of pixels, 1 or more", lambda v: len(v) in (2, 3) and min(v) >= 1),
         ("stride", "1 or more (pixels)", lambda v: v >= 1),
@@ -451,15 +451,38 @@ def _channel_names(modality: str | None, found: PairSource, forms: Mapping[str, 
     return [one] if channels == 1 else [f"{one}{i}" for i in range(channels)]
 
 
-def _source(found: PairSource, group_of: Mapping[str, str], results: Sequence[PairResult]) -> dict[str, Any]:
+def _source(
+    found: PairSource, group_of: Mapping[str, str], labels: Sequence[str], results: Sequence[PairResult]
+) -> dict[str, Any]:
+    num_with = [sum(numbers) for numbers in zip(*(result.num_with for result in results), strict=True)]
+    for label, number in zip(labels, num_with, strict=True):
+        if number == 0:
+            _LOG.warning("no mask shows %s", label)
     return {
         "form": found.form,
         "given_splits": list(found.given_splits),
         "num_images": len(results),
         "num_groups": len({group_of[pair.name] for pair in found.pairs}),
         "num_cases": sum(len(result.cases) for result in results),
-        "num_empty_labels": sum(result.num_empty for result in results),
-        "num_full_labels": sum(result.num_full for result in results),
+        "num_cases_with": dict(zip(labels, num_with, strict=True)),
+        "num_repeated_images": _repeated(group_of, results),
         "ignored": dict(sorted(found.ignored.items())),
         "bad": dict(sorted(Counter(problem.code for problem in found.problems).items())),
     }
+
+
+def _repeated(group_of: Mapping[str, str], results: Sequence[PairResult]) -> int:
+    """How many images are copies of one of another group; they may come into different splits."""
+    first: dict[str, PairResult] = {}
+    copies = []
+    for result in results:
+        other = first.setdefault(result.digest, result)
+        if group_of[result.task.pair.name] != group_of[other.task.pair.name]:
+            copies.append(f"{result.task.pair.name} is {other.task.pair.name}")
+    if copies:
+        _LOG.warning(
+            "%d image(s) are copies of another patient's (%s); a copy may be tested on that was trained on",
+            len(copies),
+            ", ".join(copies[:_MAX_REPORTED]),
+        )
+    return len(copies)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,16 @@ class PairResult:
         cases: entries of ``dataset.json``.
         shapes: spatial shapes of the cases.
         value: that stood for the only label in the mask; None where it is empty or not asked.
-        num_empty: cases without foreground.
-        num_full: cases without background.
+        digest: of the image's pixels.
+        num_with: cases that show each label, the background first.
     """
 
     task: PairTask
     cases: list[dict[str, Any]]
     shapes: set[tuple[int, ...]]
     value: int | None = None
-    num_empty: int = 0
-    num_full: int = 0
+    digest: str = ""
+    num_with: list[int] = field(default_factory=list)
 
 
 def prepare_pair(task: PairTask, folder: Path) -> PairResult | Problem | None:
@@ -116,7 +117,8 @@ def prepare_pair(task: PairTask, folder: Path) -> PairResult | Problem | None:
             raise UserError(f"{pair.images[0]}: {size} is smaller than a patch of {patch}; use a smaller --patch-size")
     except UserError as error:
         return Problem("unusable", str(error))
-    result = PairResult(task, [], set(), value)
+    digest = hashlib.sha256(np.ascontiguousarray(picture.values)).hexdigest()
+    result = PairResult(task, [], set(), value, digest, [0] * recipe.num_labels)
     for start, cut in cuts:
         name = task.case_id + _place(start) if recipe.patch_size else task.case_id
         _write(result, folder, name, image[(slice(None), *cut)], label[cut], spacing)
@@ -159,7 +161,15 @@ def to_labels(mask: Mask, recipe: Recipe, path: str) -> tuple[np.ndarray, int | 
         threshold = _JPEG_THRESHOLD
     if threshold is not None:
         return (mask.values > threshold).astype(np.uint8), None
-    found = [int(value) for value in np.unique(mask.values)]
+    if mask.deep:
+        remedy = "save labels with 8 bits, or give --threshold 0 to make one label of numbered objects"
+        raise UserError(f"{path}: a mask with more than 8 bits; {remedy}")
+    distinct = np.unique(mask.values)
+    if (distinct != np.round(distinct)).any():
+        other = distinct[distinct != np.round(distinct)][0]
+        remedy = "give --threshold T (above it is foreground), or resample it with nearest neighbours"
+        raise UserError(f"{path}: the mask holds {other:g}; labels are whole numbers; {remedy}")
+    found = [int(value) for value in distinct]
     if recipe.label_values is None and recipe.num_labels == 2:
         value = found[-1] if found != [0] else None
         if any(v not in (0, value) for v in found):
@@ -224,8 +234,7 @@ def _write(
     entry = {**paths, "case_id": name, "patient_id": result.task.patient_id}
     result.cases.append({**entry, "spacing": [round(float(s), 6) for s in spacing]})
     result.shapes.add(tuple(label.shape))
-    result.num_empty += not label.any()
-    result.num_full += bool(label.all())
+    result.num_with = [n + bool((label == k).any()) for k, n in enumerate(result.num_with)]
 
 
 def _place(start: Sequence[int]) -> str:

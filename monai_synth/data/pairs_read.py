@@ -6,7 +6,6 @@ Two-dimensional arrays are (rows, columns), three-dimensional ones (X, Y, Z) in 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,14 +71,16 @@ class Mask:
     """A mask in memory.
 
     Attributes:
-        values: integers (*S).
+        values: numbers (*S), as stored.
         affine: of a 3-D NIfTI; else None.
         lossy: whether its values went through JPEG.
+        deep: whether a picture has more than 8 bits.
     """
 
     values: np.ndarray
     affine: np.ndarray | None = None
     lossy: bool = False
+    deep: bool = False
 
 
 def ending_of(path: str) -> str | None:
@@ -87,10 +88,8 @@ def ending_of(path: str) -> str | None:
     for ending in ENDINGS:
         if path.lower().endswith(ending):
             return path[-len(ending) :]
-    if "." not in os.path.basename(path).strip("."):
-        with open(path, "rb") as file:
-            return "" if file.read(132)[128:] == b"DICM" else None
-    return None
+    with open(path, "rb") as file:
+        return "" if file.read(132)[128:] == b"DICM" else None
 
 
 def inspect_image(path: str) -> Form:
@@ -113,7 +112,8 @@ def inspect_image(path: str) -> Form:
             )
         with _open_picture(path) as picture:
             if picture is None:
-                shape = tifffile.TiffFile(path).series[0].shape
+                with tifffile.TiffFile(path) as file:
+                    shape = file.series[0].shape
                 return Form(2, 3 if len(shape) == 3 else 1, False)
             channels = 1 if picture.mode in ("1", "L", "LA", *_DEEP_MODES) else 3
             return Form(2, channels, picture.mode not in _DEEP_MODES)
@@ -129,8 +129,7 @@ def read_picture(paths: Sequence[str]) -> Picture:
     for path in paths:
         with _told(path):
             picture = {"nifti": _nifti_picture, "dicom": _dicom_picture, "picture": _plain_picture}[_kind(path)](path)
-        if not np.isfinite(picture.values).all():
-            raise UserError(f"{path}: holds values that are no numbers (NaN or infinite); replace them")
+        _finite(picture.values, path)
         if pictures and picture.values.shape[1:] != pictures[0].values.shape[1:]:
             got, first = _size(picture.values.shape[1:]), _size(pictures[0].values.shape[1:])
             raise UserError(f"{path}: its size {got} differs from that of channel 0, {first}")
@@ -145,7 +144,7 @@ def read_mask(path: str) -> Mask:
     """Read a mask as it is stored.
 
     Raises:
-        UserError: damaged, colour-coded, with 16 bits, or with values that are no whole numbers.
+        UserError: damaged, colour-coded, or holds NaN.
     """
     with _told(path):
         kind = _kind(path)
@@ -153,18 +152,18 @@ def read_mask(path: str) -> Mask:
             values, _, affine = _nifti_values(path)
             if values.shape[0] != 1:
                 raise UserError(f"{path}: a mask with {values.shape[0]} channels; write one label per pixel")
-            return Mask(_whole_numbers(values[0], path), affine)
+            return Mask(_finite(values[0], path), affine)
         if kind == "dicom":
             dataset = _dicom_dataset(path)
             if int(dataset.get("SamplesPerPixel", 1)) != 1:
                 raise UserError(f"{path}: a colour mask; {_COLOUR_CODED}")
-            return Mask(_whole_numbers(pixel_array(dataset), path))
+            return Mask(pixel_array(dataset))
         with _open_picture(path) as picture:
             if picture is None or picture.mode in _DEEP_MODES:
-                raise UserError(
-                    f"{path}: a mask with more than 8 bits; save it as 8-bit grey PNG with the labels 0, 1, 2, ... "
-                    "(numbered objects: mask > 0 makes one label of them)"
-                )
+                values = tifffile.imread(path) if picture is None else np.asarray(picture)
+                if values.ndim != 2:
+                    raise UserError(f"{path}: a mask of shape {values.shape}; {_COLOUR_CODED}")
+                return Mask(_finite(values, path), deep=True)
             return Mask(_grey_mask(picture, path), lossy=path.lower().endswith(_LOSSY))
 
 
@@ -210,9 +209,13 @@ class _open_picture:  # noqa: N801  (used as a statement)
                 if not self.path.lower().endswith((".tif", ".tiff")):
                     raise
                 return None
-        if getattr(self.picture, "n_frames", 1) > 1:
+        frames = getattr(self.picture, "n_frames", 1)
+        if frames > 1 and self.picture.format != "MPO":  # a camera's JPEG with previews behind the picture
             self.picture.close()
-            raise UserError(f"{self.path}: {self.picture.n_frames} pages or frames; save each as a file of its own")
+            raise UserError(f"{self.path}: {frames} pages or frames; save each as a file of its own")
+        if self.picture.mode in ("RGB", "RGBA") and any(";16" in str(tile[-1]) for tile in self.picture.tile):
+            self.picture.close()
+            raise UserError(f"{self.path}: colours of 16 bits, which this format loses; save it as TIFF or with 8 bits")
         return self.picture
 
     def __exit__(self, *_: Any) -> None:
@@ -339,16 +342,10 @@ def _dicom_picture(path: str) -> Picture:
     return Picture(values[None], spacing, inverted=photometric == "MONOCHROME1")
 
 
-def _whole_numbers(values: np.ndarray, path: str) -> np.ndarray:
-    if values.dtype.kind in "ui":
-        return values
-    if not np.isfinite(values).all():
-        raise UserError(f"{path}: the mask holds values that are no numbers (NaN or infinite); replace them")
-    rounded = np.round(values)
-    if (rounded != values).any():
-        other = values[rounded != values].flat[0]
-        raise UserError(f"{path}: the mask holds {other:g}; labels are whole numbers (was it resampled linearly?)")
-    return rounded.astype(np.int64)
+def _finite(values: np.ndarray, path: str) -> np.ndarray:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise UserError(f"{path}: holds values that are no numbers (NaN or infinite); replace them")
+    return values
 
 
 def _size(shape: Sequence[int]) -> str:
