@@ -22,18 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the command's name. Default: those of the process.
 
     Returns:
-        Exit status: 0 done; 2 a failure that the user can mend, told in one line on stderr; 130 interrupted.
+        Exit status: 0 done; 1 a part of an experiment failed, the rest is done; 2 a failure that the user can mend,
+        told in one line on stderr; 130 interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.call(arguments)
+        return arguments.call(arguments) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print(f"monai-synth: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _one_line(error: Exception) -> str:
@@ -133,6 +133,22 @@ def _evaluate_semantic(arguments: argparse.Namespace) -> None:
         print(text, flush=True)
 
 
+def _experiment_nnunet(arguments: argparse.Namespace) -> int:
+    from monai_synth.experiments.nnunet import Settings, run_experiment
+
+    given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if hasattr(arguments, name)}
+    outcome = run_experiment(
+        Settings(**{name: value for name, value in given.items() if value is not None}),
+        report=lambda text: print(text, flush=True),
+    )
+    if outcome.failed or outcome.skipped:
+        names = ", ".join(outcome.failed)
+        text = f"{len(outcome.failed)} jobs failed ({names}), {len(outcome.skipped)} that need them were skipped"
+        print(f"monai-synth: {text}; the others are done, run the command again to try these", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="monai-synth",
@@ -143,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_prepare(verbs.add_parser("prepare", help="turn a source into a dataset that the bundles train on"))
     _add_evaluate(verbs.add_parser("evaluate", help="judge generated images"))
+    _add_experiment(verbs.add_parser("experiment", help="find out whether synthetic data help"))
     return parser
 
 
@@ -397,6 +414,137 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     semantic.add_argument("--seed", type=int, default=0, metavar="N", help="of the resampling; 0 or more (default: 0)")
     semantic.add_argument("--report", metavar="FILE", help="also write the results to this JSON file (default: none)")
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    experiments = parser.add_subparsers(metavar="EXPERIMENT", required=True)
+    nnunet = experiments.add_parser(
+        "nnunet",
+        help="segmentation by nnU-Net trained on real, synthetic and both",
+        description="Train nnU-Net on real pairs, on synthetic ones, on synthetic then real ones and on both mixed; "
+        "score all on the same real test images. The same command resumes a stopped experiment.",
+    )
+    nnunet.set_defaults(call=_experiment_nnunet)
+    add = nnunet.add_argument
+    add("--real", required=True, metavar="DIR", help="dataset of monai-synth prepare pairs, with a test split")
+    add("--synthetic", required=True, metavar="DIR", help="nnU-Net raw dataset, or a folder that holds just one")
+    add(
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="folder to write; results.json, results.csv and report.html go there",
+    )
+    add(
+        "--ratios",
+        type=_whole_numbers,
+        metavar="N,N,...",
+        help="synthetic pairs in percent of the real training set; each 1 or more (default: 100,250,500,1000)",
+    )
+    add(
+        "--mode",
+        dest="modes",
+        type=lambda text: tuple(text.split(",")),
+        metavar="M,M,...",
+        help="synthetic-only, pretrain, mix; pretrain brings synthetic-only with it, real only always runs "
+        "(default: synthetic-only,pretrain)",
+    )
+    add(
+        "--test",
+        dest="tests",
+        type=_named_folder,
+        action=_Named,
+        metavar="NAME=DIR",
+        help="a further test set, a dataset of monai-synth prepare pairs; may be repeated (default: none)",
+    )
+    add(
+        "--preset",
+        choices=("paper", "paper-nuclei", "demo"),
+        help="paper: 400 epochs, then 150 at 0.01; paper-nuclei: 1000, then 100 at 5e-6; demo: a tiny check that all "
+        "parts work, no result (default: paper)",
+    )
+    add("--folds", type=int, metavar="N", help="folds of the real set, by patient; 2 or more (default: 5)")
+    add("--fold-list", type=_whole_numbers, metavar="N,N,...", help="run these folds only; from 0 (default: all)")
+    add(
+        "--seeds",
+        dest="num_seeds",
+        type=int,
+        metavar="N",
+        help="repetitions with other initial weights and data order; 1 or more (default: 1)",
+    )
+    add(
+        "--image-size",
+        type=_image_size,
+        nargs="+",
+        action=_ImageSize,
+        metavar="N",
+        help="rows columns (or X Y Z) of all images that nnU-Net sees, or: native (default: that of the synthetic set)",
+    )
+    for option, kind, text in (
+        ("--epochs", int, "of training from scratch; 1 or more (default: the preset's)"),
+        ("--iterations", int, "steps per epoch; 1 or more (default: 250)"),
+        ("--val-iterations", int, "validation batches per epoch; 1 or more (default: 50)"),
+        ("--lr", float, "initial rate; more than 0 (default: 0.01)"),
+        ("--finetune-epochs", int, "epochs on real data after synthetic data; 1 or more (default: the preset's)"),
+        ("--finetune-lr", float, "their initial rate; more than 0 (default: the preset's)"),
+        ("--batch-size", int, "images per step; 1 or more (default: nnU-Net's plan)"),
+        ("--num-features", int, "channels of the network's first level; 1 or more (default: 32)"),
+        ("--num-gpus", int, "jobs at a time, one per GPU; 1 or more (default: 1)"),
+        ("--num-processes", int, "of nnU-Net per job; 1 or more (default: 2)"),
+        ("--dataset-id", int, "nnU-Net's number of the real set in OUT; 1 to 950 (default: 501)"),
+    ):
+        add(option, type=kind, metavar="N" if kind is int else "F", help=text)
+    add(
+        "--patch-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="rows columns (or X Y Z) of a training patch; each 8 or more (default: nnU-Net's plan)",
+    )
+    add("--device", choices=("cpu", "cuda"), help="where to train (default: a GPU where there is one)")
+    add("--disable-tta", action="store_true", default=None, help="predict without mirrored images (default: with)")
+    add("--show-real", action="store_true", help="put real test images into the report (default: none)")
+
+
+class _Named(argparse.Action):
+    """Collects NAME=DIR."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # type: ignore[no-untyped-def]
+        name, folder = values
+        collected = dict(getattr(namespace, self.dest) or {})
+        if name in collected:
+            parser.error(f"{option_string} {name} is given twice")
+        setattr(namespace, self.dest, {**collected, name: folder})
+
+
+class _ImageSize(argparse.Action):
+    """Turns "native" into an empty size."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # type: ignore[no-untyped-def]
+        if 0 in values and len(values) > 1:
+            parser.error(f"{option_string} takes whole numbers, or the word native")
+        setattr(namespace, self.dest, tuple(value for value in values if value))
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not folder or not name.replace("-", "").replace("_", "").isalnum():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with letters, digits, '-' and '_' in NAME")
+    return name, folder
+
+
+def _image_size(text: str) -> int:
+    if text == "native":
+        return 0
+    if not text.isdecimal() or int(text) < 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 8, nor native")
+    return int(text)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 100,250") from None
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
