@@ -432,7 +432,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="OUT",
-        help="folder to write; results.json, results.csv and report.html go there",
+        help="folder to write; results.json, results.csv, report.html go there",
     )
     add(
         "--ratios",
