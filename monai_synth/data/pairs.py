@@ -130,7 +130,8 @@ def prepare_pairs(
     label_names, values = _labels(settings, found)
     recipe = _recipe(settings, forms, label_names, values)
     group_of = _groups(found, forms, group_regex)
-    split_groups(found, group_of, settings["splits"], seed)  # too few are told before the work
+    if skip_bad or not found.problems:  # else these are told first, with those that are found on the way
+        split_groups(found, group_of, settings["splits"], seed)  # too few groups are told before the work
     tasks = _tasks(found, group_of, recipe, anonymize_ids or any(f.modality for f in forms.values()))
     workers = _num_workers(num_workers)
     if num_workers is None:
@@ -177,7 +178,7 @@ def split_groups(found: PairSource, group_of: Mapping[str, str], splits: Sequenc
     for pair in found.pairs:
         group, split = group_of[pair.name], pair.split
         if given.setdefault(group, split) != split:
-            both = f"{given[group]} and {split}"
+            both = " and ".join(sorted((given[group], split), key=SPLITS.index))
             raise UserError(
                 f"group {group} is in {both} of the source; move its images into one, or change --group-regex"
             )

@@ -65,6 +65,7 @@ class PairSource:
         labels: value by name without the background, as the source's ``dataset.json`` says; None without.
         channel_names: likewise.
         ignored: what is rightly left out, counted by reason.
+        repeated: files whose stem another file of the same folder has; they are in no pair.
     """
 
     form: str = "folders"
@@ -74,6 +75,7 @@ class PairSource:
     labels: dict[str, int] | None = None
     channel_names: list[str] | None = None
     ignored: Counter[str] = field(default_factory=Counter)
+    repeated: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,11 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
 
 
 def _pairs_of(part: _Part, suffix: str, found: PairSource) -> list[Pair]:
-    images = _by_key(part.images, found.problems)
+    images = _by_key(part.images, found)
     same_folder = part.images.resolve() == part.labels.resolve()
     if same_folder and not suffix:
         raise UserError(f"{part.images} holds images and masks alike; tell masks with --label-suffix, such as _mask")
-    labels = images if same_folder else _by_key(part.labels, found.problems)
+    labels = images if same_folder else _by_key(part.labels, found)
     if same_folder:
         images = {key: path for key, path in images.items() if not key.endswith(suffix)}
         labels = {key: path for key, path in labels.items() if key.endswith(suffix)}
@@ -217,7 +219,9 @@ def _pairs_of(part: _Part, suffix: str, found: PairSource) -> list[Pair]:
             msg = f"{labels[key]}: no image {key.removesuffix(suffix)} in {part.images}"
             found.problems.append(Problem("no_image", msg))
     return [
-        Pair(key, files, labels[key + suffix], part.split) for key, files in channels.items() if key + suffix in labels
+        Pair(key, files, labels[key + suffix], part.split)
+        for key, files in channels.items()
+        if key + suffix in labels and found.repeated.isdisjoint((*files, labels[key + suffix]))
     ]
 
 
@@ -226,8 +230,9 @@ def _suffix_hint(key: str, suffix: str, labels: Mapping[str, str]) -> str:
     return f" (give --label-suffix {longer[0]} for {key}{longer[0]}?)" if len(longer) == 1 else ""
 
 
-def _by_key(folder: Path, problems: list[Problem]) -> dict[str, str]:
+def _by_key(folder: Path, found: PairSource) -> dict[str, str]:
     """Path by key; files of unknown kind and two files of one key are problems."""
+    problems = found.problems
     paths: dict[str, list[str]] = defaultdict(list)
     for path in sorted(_files_below(folder, (), problems)):
         name = os.path.basename(path)
@@ -244,7 +249,8 @@ def _by_key(folder: Path, problems: list[Problem]) -> dict[str, str]:
         if len(several) > 1:
             msg = f"{several[0]}: the same stem as {', '.join(several[1:])}; keep one"
             problems.append(Problem("duplicate_stem", msg))
-    return {key: several[0] for key, several in paths.items() if len(several) == 1}
+            found.repeated.add(several[0])
+    return {key: several[0] for key, several in paths.items()}
 
 
 def _by_channel(images: Mapping[str, str], found: PairSource) -> dict[str, tuple[str, ...]]:
