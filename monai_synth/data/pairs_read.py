@@ -214,8 +214,10 @@ class _open_picture:  # noqa: N801  (used as a statement)
             self.picture.close()
             raise UserError(f"{self.path}: {frames} pages or frames; save each as a file of its own")
         if self.picture.mode in ("RGB", "RGBA") and any(";16" in str(tile[-1]) for tile in self.picture.tile):
-            self.picture.close()
-            raise UserError(f"{self.path}: colours of 16 bits, which this format loses; save it as TIFF or with 8 bits")
+            self.picture.close()  # PIL would take 8 of the 16 bits
+            if self.picture.format == "TIFF":
+                return None
+            raise UserError(f"{self.path}: colours of 16 bits; save it as TIFF or with 8 bits")
         return self.picture
 
     def __exit__(self, *_: Any) -> None:
