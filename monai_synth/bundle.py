@@ -263,32 +263,43 @@ def _print_user_errors(kind: type[BaseException], error: BaseException, trace: T
 # Data and stages
 
 
-def ensure_dataset(dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str) -> None:
-    """Check the dataset; make the built-in phantom where none was given, through the import that real LIDC takes.
+def ensure_dataset(
+    dataset_dir: str, phantom_dir: str, phantom: Mapping[str, Any], preset: str, device: str, *, task: str = "lidc"
+) -> None:
+    """Check the dataset; make the built-in phantom where none was given, through the import that real data take.
+
+    Args:
+        dataset_dir: prepared dataset.
+        phantom_dir: where the phantom of this bundle lies.
+        phantom: arguments of the phantom and of its import.
+        preset: for the log.
+        device: for the log.
+        task: what the dataset must have been prepared for; "lidc" or "pairs".
 
     Raises:
         UserError: see ``monai_synth.data.datalist.read_dataset``.
     """
     main = is_main()
+    make, what = _PHANTOMS[task]
     if _same(dataset_dir, phantom_dir):
         if main:
             logger.warning(
-                "NO dataset_dir WAS GIVEN: the built-in thorax phantom is used, which is computed, not measured. "
-                "Give --dataset_dir FOLDER (written by `monai-synth prepare lidc SRC FOLDER`) for real data."
+                f"NO dataset_dir WAS GIVEN: the built-in {what} phantom is used, which is computed, not measured. "
+                f"Give --dataset_dir FOLDER (written by `monai-synth prepare {task} SRC FOLDER`) for real data."
             )
             if not (Path(phantom_dir) / "dataset.json").is_file():
-                _make_phantom(Path(phantom_dir), phantom)
+                make(Path(phantom_dir), phantom)
     elif main and preset == "paper" and torch.device(device).type == "cpu":
         logger.warning("preset 'paper' on a CPU takes weeks; give --preset demo for a small model")
     if num_processes() > 1:
         dist.barrier()
-    dataset = read_dataset(dataset_dir, task="lidc")
+    dataset = read_dataset(dataset_dir, task=task)
     if main:
         sizes = ", ".join(f"{len(dataset.content.get(s, []))} {s}" for s in ("training", "validation", "test"))
-        logger.info(f"dataset {dataset.name} at {dataset.root}: {sizes} slices; preset {preset}")
+        logger.info(f"dataset {dataset.name} at {dataset.root}: {sizes} cases; preset {preset}")
 
 
-def _make_phantom(folder: Path, phantom: Mapping[str, Any]) -> None:
+def _make_thorax(folder: Path, phantom: Mapping[str, Any]) -> None:
     from monai_synth.data.lidc import prepare_lidc
     from monai_synth.data.phantom import write_phantom
 
@@ -296,6 +307,19 @@ def _make_phantom(folder: Path, phantom: Mapping[str, Any]) -> None:
     if not source.is_dir():
         write_phantom(source, **phantom["scans"])
     prepare_lidc(source, folder, **phantom["import"])
+
+
+def _make_nuclei(folder: Path, phantom: Mapping[str, Any]) -> None:
+    from monai_synth.data.pairs import prepare_pairs
+    from monai_synth.data.phantom_nuclei import write_nuclei
+
+    source = folder.with_name(f"{folder.name}_source")
+    if not source.is_dir():
+        write_nuclei(source, **phantom["images"])
+    prepare_pairs(source, folder, **phantom["import"])
+
+
+_PHANTOMS = {"lidc": (_make_thorax, "thorax"), "pairs": (_make_nuclei, "nuclei")}
 
 
 def ensure_stages(

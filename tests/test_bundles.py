@@ -7,24 +7,23 @@ import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bundle_runs
 import mlflow
 import numpy as np
 import pytest
 import torch
+from bundle_runs import command, kill_when_there, options, user_error
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from monai.bundle.config_item import ConfigComponent
 from PIL import Image
 
 from monai_synth.checkpoint import load_file
-from monai_synth.errors import UserError
 from monai_synth.export.provenance import ProvenanceWriter
 
 BUNDLES = sorted((Path(__file__).resolve().parents[1] / "bundles").iterdir())
@@ -132,28 +131,12 @@ def test_an_overlay_changes_few_keys_and_only_ones_that_exist(name: str) -> None
 # From here on bundles run.
 
 
-def user_error(action: Callable[[], Any]) -> UserError:
-    """The message for the user in what an action raises; the runner wraps it in errors of its own."""
-    with pytest.raises((RuntimeError, UserError)) as caught:
-        action()
-    error: BaseException | None = caught.value
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    assert error is not None, caught.value
-    return error
-
-
 def workflow(config: str | list[str], kind: str, run_id: str, **values: Any) -> ConfigWorkflow:
-    files = [str(LSDM / "configs" / c) for c in ([config] if isinstance(config, str) else config)]
-    return ConfigWorkflow(files, workflow_type=kind, run_id=run_id, **values)
+    return bundle_runs.workflow("lsdm", config, kind, run_id, **values)
 
 
 def run(config: str | list[str], kind: str, run_id: str, **values: Any) -> ConfigWorkflow:
-    made = workflow(config, kind, run_id, **values)
-    made.initialize()
-    made.run()
-    made.finalize()
-    return made
+    return bundle_runs.run("lsdm", config, kind, run_id, **values)
 
 
 @pytest.fixture(scope="module")
@@ -359,18 +342,6 @@ def test_files_of_two_trainings_are_not_mixed(trained: dict[str, str], tmp_path:
     assert "scale_factor: 9.0 there, " in str(error)
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "monai.bundle", "run", *arguments]
-
-
-def options(values: dict[str, Any]) -> list[str]:
-    return [
-        part
-        for key, value in values.items()
-        for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "name", "epochs"),
@@ -407,12 +378,7 @@ def test_a_stage_that_was_killed_resumes_to_the_weights_of_one_that_was_not(
         values |= {"latest_dir": str(tmp_path)} if name == "model.pt" else {}
         run_it = command("training", "--config_file", str(LSDM / "configs" / config), *options(values))
         if way == "killed":
-            process = subprocess.Popen(run_it, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            deadline = time.monotonic() + 300
-            while not (folder / f"last_{name}").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            kill_when_there(run_it, folder / f"last_{name}")
             assert not (folder / name).exists()
         done = subprocess.run(run_it, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -71,7 +71,7 @@ def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """uint8 (C, *S) -> uint8 (C, *size), linear, with a low-pass filter where it shrinks."""
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    x = torch.from_numpy(np.ascontiguousarray(image))[None].float()
+    x = torch.tensor(image, dtype=torch.float32)[None]
     if len(size) == 2:
         x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)
     else:
@@ -84,7 +84,7 @@ def resize_label(label: np.ndarray, size: Sequence[int], num_labels: int) -> np.
     """uint8 (*S) -> uint8 (*size): the label that covers most of each new pixel (for two labels: more than half)."""
     if tuple(label.shape) == tuple(size):
         return label
-    x = torch.from_numpy(np.ascontiguousarray(label)).long()
+    x = torch.tensor(label, dtype=torch.long)
     shares = [F.adaptive_avg_pool2d, F.adaptive_avg_pool3d][len(size) - 2]
     if any(new > old for new, old in zip(size, label.shape, strict=True)):
         out = F.interpolate(x[None, None].float(), size=tuple(size), mode="nearest-exact")[0, 0]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules, and the samplers that walk them."""
+"""Noise schedules, the samplers that walk them, and the losses of a denoiser."""
 
 from __future__ import annotations
 
+from monai_synth.diffusion.losses import DiffusionTarget, HybridLoss
 from monai_synth.diffusion.schedules import (
     SAMPLERS,
     add_noise,
@@ -12,9 +13,13 @@ from monai_synth.diffusion.schedules import (
     step_variance,
     training_target,
 )
+from monai_synth.diffusion.variance import Posterior
 
 __all__ = [
     "SAMPLERS",
+    "DiffusionTarget",
+    "HybridLoss",
+    "Posterior",
     "add_noise",
     "alphas_cumprod",
     "make_sampler",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained files of LSDM together, checked against each other before anything is sampled."""
+"""The trained files of a bundle together, checked against each other before anything is sampled."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_lsdm(
     """
     folder = Path(ckpt_dir)
     path = folder / model_file
-    model = load_file(path, stage="diffusion")
+    model = _of_bundle("lsdm", path)
     contract = model["contract"]
     autoencoder_path = folder / "autoencoder.pt"
     autoencoder = load_file(autoencoder_path, stage="autoencoder")
@@ -98,3 +98,43 @@ def load_lsdm(
         loaded.crop_size_latent = content["contract"]["crop_size_latent"]
         checkpoints[name] = sha256_of(folder / name)
     return loaded
+
+
+@dataclass
+class JDMModel:
+    """Joint diffusion model of one training.
+
+    Attributes:
+        network: the denoiser.
+        contract: what it was trained with.
+        checkpoints: file name -> SHA-256, for the provenance.
+    """
+
+    network: nn.Module
+    contract: dict[str, Any]
+    checkpoints: dict[str, str]
+
+
+def load_jdm(ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str = "cpu") -> JDMModel:
+    """Load the joint diffusion model of a folder.
+
+    Args:
+        ckpt_dir: folder with the model.
+        model_file: name of its file.
+        device: where to sample.
+
+    Raises:
+        UserError: the file is missing, damaged or of another bundle.
+    """
+    path = Path(ckpt_dir) / model_file
+    content = _of_bundle("jdm", path)
+    network = restore_network(content, path).to(device)
+    return JDMModel(network, content["contract"], {model_file: sha256_of(path)})
+
+
+def _of_bundle(bundle: str, path: Path) -> dict[str, Any]:
+    content = load_file(path, stage="diffusion")
+    there = content["contract"].get("bundle")
+    if there != bundle:
+        raise UserError(f"{path} was trained by the bundle {there!r}, this is {bundle!r}; give the right --ckpt_dir")
+    return content

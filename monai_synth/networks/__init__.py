@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks: the SPADE U-Net that denoises and the classifier of noisy crops that guides it."""
+"""Networks: the U-Nets that denoise and the classifier of noisy crops that guides one of them."""
 
 from __future__ import annotations
 
+from monai_synth.networks.joint_unet import JointUNet
 from monai_synth.networks.noisy_classifier import NoisyClassifier
 from monai_synth.networks.spade import SPADE, pool_semantic
 from monai_synth.networks.spade_unet import SPADEUNet
 
-__all__ = ["SPADE", "NoisyClassifier", "SPADEUNet", "pool_semantic"]
+__all__ = ["SPADE", "JointUNet", "NoisyClassifier", "SPADEUNet", "pool_semantic"]

@@ -14,6 +14,14 @@ from monai_synth.training.handlers import (
 )
 from monai_synth.training.latents import LatentCache, LatentDataset, NoduleCropDataset
 from monai_synth.training.optim import PerceptualLoss, lr_decay, perceptual_loss
+from monai_synth.training.pairs import (
+    IterationSampler,
+    JointDiffusionPrepareBatch,
+    epochs_for,
+    pair_list,
+    pair_preprocessing,
+    pair_spacing,
+)
 from monai_synth.training.pictures import ValidationRecord
 from monai_synth.training.prepare_batch import (
     ExpandChannels,
@@ -27,6 +35,8 @@ __all__ = [
     "ConvergenceReport",
     "EpochSeed",
     "ExpandChannels",
+    "IterationSampler",
+    "JointDiffusionPrepareBatch",
     "LatentCache",
     "LatentDataset",
     "LatentDiffusionPrepareBatch",
@@ -40,9 +50,13 @@ __all__ = [
     "StageCheckpoint",
     "ValidationRecord",
     "classifier_loss",
+    "epochs_for",
     "initial_output",
     "is_classification",
     "lr_decay",
+    "pair_list",
+    "pair_preprocessing",
+    "pair_spacing",
     "perceptual_loss",
     "run_training",
 ]

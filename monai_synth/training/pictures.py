@@ -43,6 +43,13 @@ def colour_label(label: torch.Tensor) -> np.ndarray:
     return LABEL_COLOURS[label.detach().cpu().reshape(label.shape[-2:]).long().numpy()]
 
 
+def middle_picture(image: np.ndarray) -> np.ndarray:
+    """uint8 (C, *S) -> picture (H, W) or (H, W, 3); of a volume (X, Y, Z) the middle slice, as radiologists see it."""
+    if image.ndim == 4:
+        image = np.swapaxes(image[..., image.shape[-1] // 2], 1, 2)[:, ::-1]
+    return np.moveaxis(image, 0, -1) if len(image) == 3 else image[0]
+
+
 def picture_grid(rows: Sequence[Sequence[np.ndarray]], path: str | Path, gap: int = 2) -> Path:
     """Write rows of equally large pictures, grey (H, W) or RGB (H, W, 3), as one PNG."""
     cells = [[np.repeat(c[..., None], 3, 2) if c.ndim == 2 else c for c in row] for row in rows]

@@ -13,7 +13,7 @@ from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
 from monai_synth.networks.latent_codec import LatentCodec
 
 
-class _NoisyPrepareBatch(PrepareBatch):
+class NoisyPrepareBatch(PrepareBatch):
     """Draws t and eps; with ``seed`` the draws depend on the item's index alone, so that validation is repeatable.
 
     Args:
@@ -65,7 +65,7 @@ class ExpandChannels(PrepareBatch):
         return image, image
 
 
-class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
+class LatentDiffusionPrepareBatch(NoisyPrepareBatch):
     """Cached latents -> (Concat(z_t, E(m)), target, (), {timesteps, seg}) (thesis Eq 3.1, Eq 3.3, Alg 1).
 
     The batch holds ``mean``, ``std`` and ``cond`` (B, c, h, w) unscaled, ``seg`` (B, K, h, w), ``index`` (B,).
@@ -73,7 +73,7 @@ class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
     Args:
         schedule: noise schedule.
         scale_factor: multiplies latents and E(m).
-        seed: see :class:`_NoisyPrepareBatch`.
+        seed: see :class:`NoisyPrepareBatch`.
     """
 
     def __init__(self, schedule: Mapping[str, Any], *, scale_factor: float, seed: int | None = None) -> None:
@@ -95,7 +95,7 @@ class LatentDiffusionPrepareBatch(_NoisyPrepareBatch):
         return inputs, training_target(self.schedule, z_0, eps, t), (), {"timesteps": t, "seg": seg}
 
 
-class NoisyCropPrepareBatch(_NoisyPrepareBatch):
+class NoisyCropPrepareBatch(NoisyPrepareBatch):
     """Latent crops at nodules -> (D(z_t), target, (), {timesteps}) for a noisy classifier (thesis Sec 3.4, Fig 3.4).
 
     The batch holds ``mean``, ``std`` (B, c, k, k) unscaled, ``target`` (B,), ``index`` (B,).
@@ -104,7 +104,7 @@ class NoisyCropPrepareBatch(_NoisyPrepareBatch):
         schedule: noise schedule, the same as the diffusion model's.
         codec: frozen decoder with the scale factor.
         classification: targets are class numbers (long) rather than ratings (float, (B, 1)).
-        seed: see :class:`_NoisyPrepareBatch`.
+        seed: see :class:`NoisyPrepareBatch`.
     """
 
     def __init__(

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running bundles in tests: by the runner's classes and by its command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from monai.bundle import ConfigWorkflow
+
+from monai_synth.errors import UserError
+
+BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
+
+
+def user_error(action: Callable[[], Any]) -> UserError:
+    """The message for the user in what an action raises; the runner wraps it in errors of its own."""
+    with pytest.raises((RuntimeError, UserError)) as caught:
+        action()
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    assert error is not None, caught.value
+    return error
+
+
+def workflow(bundle: str, config: str | list[str], kind: str, run_id: str, **values: Any) -> ConfigWorkflow:
+    files = [str(BUNDLES / bundle / "configs" / c) for c in ([config] if isinstance(config, str) else config)]
+    return ConfigWorkflow(files, workflow_type=kind, run_id=run_id, **values)
+
+
+def run(bundle: str, config: str | list[str], kind: str, run_id: str, **values: Any) -> ConfigWorkflow:
+    made = workflow(bundle, config, kind, run_id, **values)
+    made.initialize()
+    made.run()
+    made.finalize()
+    return made
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "monai.bundle", "run", *arguments]
+
+
+def options(values: dict[str, Any]) -> list[str]:
+    return [
+        part
+        for key, value in values.items()
+        for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+def kill_when_there(run_it: list[str], path: Path) -> None:
+    """Start a command and kill -9 it as soon as a file is there."""
+    process = subprocess.Popen(run_it, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
