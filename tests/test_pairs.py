@@ -198,6 +198,20 @@ def test_given_splits_are_kept_and_only_the_missing_one_is_taken_from_training(t
     assert [len(content[s]) for s in SPLITS] == [9, 3, 2]
 
 
+def test_splits_may_lie_below_the_folders_of_images_and_masks(tmp_path: Path) -> None:
+    for split, num in (("train", 5), ("val", 2), ("test", 1)):
+        make_source(tmp_path / "src", num, image_dir=f"images/{split}", label_dir=f"masks/{split}")
+    content = prepare(tmp_path / "src", tmp_path / "out")
+    assert [len(content[s]) for s in SPLITS] == [5, 2, 1]
+    assert cases_of(content)["val_a1"] in content["validation"]
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "val", "valid"):
+        make_source(tmp_path / "src" / split, 2)
+    assert "two folders for one split: train, val, valid" in refusal(tmp_path / "src", tmp_path)
+
+
 def test_a_test_folder_may_lie_elsewhere(tmp_path: Path) -> None:
     make_source(tmp_path / "src", 5)
     save(tmp_path / "other" / "images" / "z.png", picture(50))

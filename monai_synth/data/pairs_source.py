@@ -133,14 +133,19 @@ def _parts(source: Path, image_dir: str, label_dir: str, found: PairSource) -> l
         elif (source / "imagesTs").is_dir():
             found.ignored["imagesTs_without_labels"] = sum(1 for _ in _files_below(source / "imagesTs", (), []))
         return parts
-    if (source / image_dir).is_dir():
-        return [_part("training", "", source, image_dir, label_dir)]
-    parts = [
+    whole = source / image_dir
+    above = [  # train/images
         _part(split, folder, source / folder, image_dir, label_dir)
-        for split, folders in _SPLIT_FOLDERS.items()
-        for folder in folders
-        if (source / folder / image_dir).is_dir()
+        for split, folder in _split_folders(source)
+        if not whole.is_dir() and (source / folder / image_dir).is_dir()
     ]
+    below = [  # images/train
+        _part(split, folder, source, f"{image_dir}/{folder}", f"{label_dir}/{folder}")
+        for split, folder in (_split_folders(whole) if _holds_only_splits(whole) else [])
+    ]
+    parts = above or below
+    if not parts and whole.is_dir():
+        return [_part("training", "", source, image_dir, label_dir)]
     splits = [part.split for part in parts]
     if len(splits) != len(set(splits)):
         raise UserError(
@@ -151,6 +156,16 @@ def _parts(source: Path, image_dir: str, label_dir: str, found: PairSource) -> l
         needs = f"{image_dir}/ or train/{image_dir}/ (--image-dir), or imagesTr/ of an nnU-Net or MSD dataset"
         raise UserError(f"source {source} holds {has}; needed is {needs}")
     return parts
+
+
+def _split_folders(folder: Path) -> list[tuple[str, str]]:
+    """Splits with the names of their folders in ``folder``."""
+    return [(split, name) for split, names in _SPLIT_FOLDERS.items() for name in names if (folder / name).is_dir()]
+
+
+def _holds_only_splits(folder: Path) -> bool:
+    inside = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
+    return "training" in dict(_split_folders(folder)) and inside == {name for _, name in _split_folders(folder)}
 
 
 def _part(split: str, folder: str, root: Path, image_dir: str, label_dir: str) -> _Part:
