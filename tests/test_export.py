@@ -326,7 +326,7 @@ def test_a_second_dataset_with_the_same_id_is_refused(tmp_path: Path) -> None:
         ({"channel_names": "RGB"}, "channel_names"),
         ({"channel_names": ["CT"]}, "Hounsfield"),
         ({"channel_names": ["a", "b"]}, "1 or 3"),
-        ({"channel_names": ["R", "G", "B"], "file_ending": ".nii.gz"}, "takes a list of 1"),
+        ({"channel_names": [], "file_ending": ".nii.gz"}, "one per channel"),
         ({"labels": {}}, "'background': 0"),
         ({"labels": {"background": 0, "polyp": 255}}, "255"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "repeat"),

@@ -14,10 +14,12 @@ from monai_synth.errors import UserError
 from monai_synth.export import subsets
 from monai_synth.export.nnunet import NNUNetRawWriter
 from monai_synth.export.provenance import ProvenanceWriter, read_provenance
-from monai_synth.export.subsets import SEEDS_PER_ATTEMPT, subset_size, write_ratio_subsets, write_subset
+from monai_synth.export.subsets import subset_size, write_ratio_subsets, write_subset
 
 
-def make_pool(folder: Path, ids: list[str], seeds: list[int] | None = None, *, offset: int = 0) -> Path:
+def make_pool(
+    folder: Path, ids: list[str], seeds: list[int] | None = None, *, offset: int = 0, refused: dict | None = None
+) -> Path:
     writer = NNUNetRawWriter(
         folder, dataset_id=10, name="Pool", channel_names=["L"], labels={"background": 0, "nucleus": 1}
     )
@@ -26,8 +28,9 @@ def make_pool(folder: Path, ids: list[str], seeds: list[int] | None = None, *, o
         writer.add(case, np.full((4, 5), number + offset, np.uint8), np.eye(4, 5, dtype=np.uint8))
         if seeds is not None:
             lines.append(
-                case_id=case, seed=seeds[number], checkpoints={}, sampler="dpm++", num_steps=2, precision="float32"
-            )
+                case_id=case, seed=seeds[number], checkpoints={}, sampler="dpm++", num_steps=2, precision="float32",
+                filters={"refused": (refused or {}).get(number, [])},
+            )  # fmt: skip
     return writer.finish()
 
 
@@ -64,9 +67,8 @@ def test_ratio_subsets_are_nested_and_have_the_sizes_that_the_ratios_ask_for(tmp
 
 def test_source_cases_take_turns_in_a_subset_although_ids_sort_by_source(tmp_path: Path) -> None:
     ids = [f"{source}_s{i:06d}" for i, source in enumerate("abcabcabc")]
-    seeds = list(range(9))
-    seeds[1] += 3 * SEEDS_PER_ATTEMPT  # one that was replaced keeps its turn
-    out = write_subset(make_pool(tmp_path, ids, seeds), tmp_path, dataset_id=11, name="Part", num_cases=3)
+    pool = make_pool(tmp_path, ids, [0, 1000, *range(2, 9)], refused={1: [{"seed": 1, "reason": "empty"}]})
+    out = write_subset(pool, tmp_path, dataset_id=11, name="Part", num_cases=3)
     assert {case[0] for case in cases(out)} == {"a", "b", "c"}
 
 

@@ -27,10 +27,10 @@ def checked_image(case: str, image: np.ndarray, *, file_ending: str, num_channel
 
     Args:
         case: name of the case, for messages.
-        image: PNG: uint8 (H, W) or (H, W, 3). NIfTI: (H, W) or (X, Y, Z) of finite floats or of integers that
-            fit int16.
+        image: PNG: uint8 (H, W) or (H, W, 3). NIfTI: (H, W) or (X, Y, Z), with several channels as one more axis
+            at the end, of finite floats or of integers that fit int16.
         file_ending: ".png" or ".nii.gz".
-        num_channels: 1, or 3 for RGB.
+        num_channels: channel names; 1, or 3 for RGB, in PNG.
 
     Returns:
         uint8 for PNG; uint8, int16 or float32 for NIfTI.
@@ -53,8 +53,10 @@ def checked_image(case: str, image: np.ndarray, *, file_ending: str, num_channel
             msg = f"case {case!r}: image is {image.dtype}, PNG takes uint8; scale to 0..255 or use '.nii.gz'"
             raise UserError(msg)
         return image
-    if image.ndim not in (2, 3):
-        msg = f"case {case!r}: image of shape {image.shape}; NIfTI takes (H, W) or (X, Y, Z) of one channel"
+    spatial = image.shape if num_channels == 1 else image.shape[:-1]
+    if len(spatial) not in (2, 3) or (num_channels > 1 and image.shape[-1] != num_channels):
+        form = "(H, W) or (X, Y, Z)" if num_channels == 1 else f"(H, W, {num_channels}) or (X, Y, Z, {num_channels})"
+        msg = f"case {case!r}: image of shape {image.shape} for {num_channels} channel name(s); NIfTI takes {form}"
         raise UserError(msg)
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():

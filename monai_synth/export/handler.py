@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,126 @@ LABEL_KINDS = ("semantic", "nodule")
 IMAGE_FORMATS = {"png": (".png", "L"), "nii.gz": (".nii.gz", "CT")}
 
 
-class LabelledImageExport:
-    """Handler that writes each sampled CT slice with its map; a stopped run goes on where it stopped.
+class SampleExport(ABC):
+    """Handler that writes each sampled image with its label; a stopped run goes on where it stopped.
+
+    Subclasses say by `write` how a batch becomes files.
+
+    Args:
+        output_dir: parent of ``DatasetNNN_Name``.
+        dataset_id: nnU-Net's number, 1 to 999.
+        dataset_name: nnU-Net's name.
+        channel_names: nnU-Net's names of the image channels.
+        labels: name -> value of what is written.
+        file_ending: ``.png`` or ``.nii.gz``.
+        record: what every provenance line says: ``checkpoints``, ``sampler``, ``num_steps``, ``precision``,
+            ``guidance``, ``settings``.
+        settings: what else must be equal when the run is resumed.
+        overwrite: replace an existing dataset.
+        resume: go on with an existing dataset of the same settings.
+
+    Raises:
+        UserError: a dataset that is there and must not be touched, or settings that nnU-Net cannot read.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        dataset_id: int,
+        dataset_name: str,
+        channel_names: Sequence[str],
+        labels: Mapping[str, int],
+        file_ending: str,
+        record: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        overwrite: bool,
+        resume: bool,
+    ) -> None:
+        self.record = dict(record)
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.is_main = not self.distributed or dist.get_rank() == 0
+        # rank 0 clears and begins the folder, the others then go on with it
+        if not self.is_main:
+            dist.barrier()
+        self.writer = NNUNetRawWriter(
+            output_dir,
+            dataset_id=dataset_id,
+            name=dataset_name,
+            channel_names=channel_names,
+            labels=labels,
+            file_ending=file_ending,
+            overwrite=overwrite and self.is_main,
+            resume=resume or not self.is_main,
+            settings={**self.record, **settings},
+        )
+        self.provenance = ProvenanceWriter(self.writer.provenance_path)
+        if self.distributed and self.is_main:
+            dist.barrier()
+
+    def is_done(self, case_id: str) -> bool:
+        """Whether the image of this id and its line are there."""
+        return self.writer.has(case_id) and self.provenance.has(case_id)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+
+    @abstractmethod
+    def write(self, engine: Engine) -> None:
+        """Write the batch that was just sampled."""
+
+    def add(
+        self,
+        batch: Mapping[str, Any],
+        i: int,
+        image: np.ndarray,
+        label: np.ndarray,
+        *,
+        filters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one sample of a batch and its provenance.
+
+        Args:
+            batch: with ``case_id``, ``seed``, ``spacing`` and ``conditioning`` per sample.
+            i: which sample.
+            image: as the writer takes it.
+            label: as the writer takes it.
+            filters: decisions of the filters, for the provenance.
+
+        Raises:
+            UserError: it cannot be written, or is nothing that nnU-Net reads.
+        """
+        try:
+            self.writer.add(batch["case_id"][i], image, label, spacing=batch["spacing"][i])
+            self.provenance.append(
+                case_id=batch["case_id"][i],
+                seed=batch["seed"][i],
+                conditioning=batch["conditioning"][i],
+                filters=filters,
+                **self.record,
+            )
+        except OSError as error:
+            raise self.no_room(batch["case_id"][i], error) from error
+
+    def no_room(self, case_id: str, error: OSError) -> UserError:
+        """What to say when a file cannot be written."""
+        return UserError(
+            f"cannot write {case_id} to {self.writer.path} ({error}); free some space, then start "
+            "the same command again: finished images are kept"
+        )
+
+    def finish(self) -> Path:
+        """Write ``dataset.json`` once all processes are done."""
+        if self.distributed:
+            dist.barrier()
+        if self.is_main:
+            self.writer.finish()
+            logger.info(f"wrote {len(self.writer.cases())} labelled images to {self.writer.path}")
+        return self.writer.path
+
+
+class LabelledImageExport(SampleExport):
+    """Handler that writes each sampled CT slice with its map.
 
     Args:
         output_dir: parent of ``DatasetNNN_Name``.
@@ -66,33 +185,18 @@ class LabelledImageExport:
         self.as_hu = image_format == "nii.gz"
         self.label_kind = label_kind
         self.intensity = dict(intensity)
-        self.record = dict(record)
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.is_main = not self.distributed or dist.get_rank() == 0
-        # rank 0 clears and begins the folder, the others then go on with it
-        if not self.is_main:
-            dist.barrier()
-        self.writer = NNUNetRawWriter(
+        super().__init__(
             output_dir,
             dataset_id=dataset_id,
-            name=dataset_name,
+            dataset_name=dataset_name,
             channel_names=[channel],
             labels=dict(labels) if label_kind == "semantic" else {"background": 0, "nodule": 1},
             file_ending=file_ending,
-            overwrite=overwrite and self.is_main,
-            resume=resume or not self.is_main,
-            settings={**self.record, "label_kind": label_kind},
+            record=record,
+            settings={"label_kind": label_kind},
+            overwrite=overwrite,
+            resume=resume,
         )
-        self.provenance = ProvenanceWriter(self.writer.provenance_path)
-        if self.distributed and self.is_main:
-            dist.barrier()
-
-    def is_done(self, case_id: str) -> bool:
-        """Whether the image of this id and its line are there."""
-        return self.writer.has(case_id) and self.provenance.has(case_id)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
 
     def write(self, engine: Engine) -> None:
         """Write the batch that was just sampled."""
@@ -101,20 +205,7 @@ class LabelledImageExport:
             label = batch["label"][i, 0].cpu().numpy()
             if self.label_kind == "nodule":
                 label = (label >= NODULE_LABEL_MIN).astype(np.uint8)
-            try:
-                self.writer.add(batch["case_id"][i], self._pixels(image), label, spacing=batch["spacing"][i])
-                self.provenance.append(
-                    case_id=batch["case_id"][i],
-                    seed=batch["seed"][i],
-                    conditioning=batch["conditioning"][i],
-                    **self.record,
-                )
-            except OSError as error:
-                msg = (
-                    f"cannot write {batch['case_id'][i]} to {self.writer.path} ({error}); free some space, then start "
-                    "the same command again: finished images are kept"
-                )
-                raise UserError(msg) from error
+            self.add(batch, i, self._pixels(image), label)
 
     def _pixels(self, image_pm1: torch.Tensor) -> np.ndarray:
         """(1, H, W) in [-1, 1] -> 8-bit grey values, or HU as int16."""
@@ -123,12 +214,3 @@ class LabelledImageExport:
             return np.round(unit * 255).astype(np.uint8)
         low, high = float(self.intensity["min"]), float(self.intensity["max"])
         return np.round(low + unit * (high - low)).astype(np.int16)
-
-    def finish(self) -> Path:
-        """Write ``dataset.json`` once all processes are done."""
-        if self.distributed:
-            dist.barrier()
-        if self.is_main:
-            self.writer.finish()
-            logger.info(f"wrote {len(self.writer.cases())} labelled images to {self.writer.path}")
-        return self.writer.path

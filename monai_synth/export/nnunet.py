@@ -4,7 +4,8 @@
 On disk (nnU-Net's dataset format)::
 
     FOLDER/DatasetNNN_Name/dataset.json                  written last, by `NNUNetRawWriter.finish`
-                           imagesTr/<case_id>_0000.png   8-bit grey, or RGB in one file; or .nii.gz
+                           imagesTr/<case_id>_0000.png   8-bit grey, or RGB in one file; or .nii.gz,
+                                                         one file per channel: _0000, _0001, ...
                            labelsTr/<case_id>.png        8-bit label values; or .nii.gz
                            export.json                   this writer's settings, by which a run is resumed
 
@@ -66,7 +67,7 @@ class NNUNetRawWriter:
         channel_names: one name per channel. They choose nnU-Net's normalisation: "CT" for HU (NIfTI only),
             anything else ("L", "R", "G", "B") for a z-score per image.
         labels: name -> value; consecutive from ``"background": 0``.
-        file_ending: ".png" (uint8, lossless) or ".nii.gz" (one channel).
+        file_ending: ".png" (uint8, lossless; one or three channels) or ".nii.gz" (one file per channel).
         overwrite: remove an existing dataset of this id and name first.
         resume: go on with an existing dataset; False refuses it.
         settings: anything else that must be equal when the dataset is resumed (checkpoint hash, sampler,
@@ -155,9 +156,17 @@ class NNUNetRawWriter:
                 )
                 raise UserError(msg)
 
-    def image_path(self, case_id: str) -> Path:
-        """Where the image of a case is, or would be."""
-        return self.path / "imagesTr" / f"{sanitize_case_id(case_id)}_0000{self.file_ending}"
+    def image_path(self, case_id: str, channel: int = 0) -> Path:
+        """Where the image of a case is, or would be; PNG holds all channels in one file, NIfTI one in each."""
+        return self.path / "imagesTr" / f"{sanitize_case_id(case_id)}_{channel:04d}{self.file_ending}"
+
+    @property
+    def _num_files(self) -> int:
+        """Files of one image."""
+        return 1 if self.file_ending == ".png" else len(self.channel_names)
+
+    def _image_paths(self, case_id: str) -> list[Path]:
+        return [self.image_path(case_id, channel) for channel in range(self._num_files)]
 
     def label_path(self, case_id: str) -> Path:
         """Where the label map of a case is, or would be."""
@@ -169,8 +178,8 @@ class NNUNetRawWriter:
         return self.path / "provenance.jsonl"
 
     def has(self, case_id: str) -> bool:
-        """Whether both files of a case are there."""
-        return self.image_path(case_id).is_file() and self.label_path(case_id).is_file()
+        """Whether all files of a case are there."""
+        return all(path.is_file() for path in (*self._image_paths(case_id), self.label_path(case_id)))
 
     def add(self, case_id: str, image: np.ndarray, label: np.ndarray, *, spacing: Sequence[float] | None = None) -> str:
         """Write one case; one of an earlier, stopped run is replaced, to the same bytes for the same input.
@@ -178,7 +187,8 @@ class NNUNetRawWriter:
         Args:
             case_id: see `sanitize_case_id`; once per run.
             image: PNG: uint8 (H, W), or (H, W, 3) for three channel names. NIfTI: (H, W) or (X, Y, Z),
-                integer values that fit int16 (e.g. HU), or finite floats, stored as float32.
+                with one more axis at the end for several channel names, integer values that fit int16 (e.g. HU),
+                or finite floats, stored as float32.
             label: integers of the image's spatial shape, each one of the values in ``labels``.
             spacing: mm per pixel along each spatial axis of the array: (row, column) or (x, y, z). NIfTI only
                 (PNG has no spacing, and nnU-Net takes 1). Default: 1 mm.
@@ -196,25 +206,30 @@ class NNUNetRawWriter:
             raise UserError(msg)
         num_channels = len(self.channel_names)
         image = checked_image(safe, np.asarray(image), file_ending=self.file_ending, num_channels=num_channels)
-        spatial_shape = image.shape[:2] if num_channels > 1 else image.shape
+        spatial_shape = image.shape[:-1] if num_channels > 1 else image.shape
         label = checked_label(safe, np.asarray(label), spatial_shape=spatial_shape, labels=self.labels)
         spacing = checked_spacing(safe, spacing, num_dims=len(spatial_shape))
 
-        for path, array in ((self.image_path(safe), image), (self.label_path(safe), label)):
+        paths = self._image_paths(safe)
+        images = [image] if len(paths) == 1 else np.moveaxis(image, -1, 0)
+        for path, array in (*zip(paths, images, strict=True), (self.label_path(safe), label)):
             write_bytes(path, encode(array, file_ending=self.file_ending, spacing=spacing))
         self._added.add(safe)
         return safe
 
     def cases(self) -> list[str]:
-        """Ids of the cases whose both files are there, sorted."""
-        images, labels = self._files()
-        return sorted(images & labels)
+        """Ids of the cases whose files are all there, sorted."""
+        return sorted(self._files()[0])
 
     def _files(self) -> tuple[set[str], set[str]]:
-        image_end = f"_0000{self.file_ending}"
-        images = {p.name[: -len(image_end)] for p in (self.path / "imagesTr").glob(f"[!.]*{image_end}")}
-        labels = {p.name[: -len(self.file_ending)] for p in (self.path / "labelsTr").glob(f"[!.]*{self.file_ending}")}
-        return images, labels
+        """Ids of which every file is there, and ids of which any is."""
+        names = [p.name for p in (self.path / "imagesTr").glob(f"[!.]*{self.file_ending}")]
+        ends = [f"_{channel:04d}{self.file_ending}" for channel in range(self._num_files)]
+        parts = [{name[: -len(end)] for name in names if name.endswith(end)} for end in ends]
+        parts.append(
+            {p.name[: -len(self.file_ending)] for p in (self.path / "labelsTr").glob(f"[!.]*{self.file_ending}")}
+        )
+        return set.intersection(*parts), set.union(*parts)
 
     def finish(self) -> Path:
         """Write dataset.json for the cases that are there; may be called again after more were added.
@@ -227,21 +242,20 @@ class NNUNetRawWriter:
         Raises:
             UserError: there is no case.
         """
-        images, labels = self._files()
-        if not images & labels:
+        whole, begun = self._files()
+        if not whole:
             msg = f"{self.path} has no case and nnU-Net needs one; add cases before finishing the dataset"
             raise UserError(msg)
-        for case in images - labels:
-            self.image_path(case).unlink(missing_ok=True)
-        for case in labels - images:
-            self.label_path(case).unlink(missing_ok=True)
+        for case in begun - whole:
+            for path in (*self._image_paths(case), self.label_path(case)):
+                path.unlink(missing_ok=True)
         for sub in ("imagesTr", "labelsTr", "."):
             remove_leftovers(self.path / sub)
         content = {
             "name": self.name,
             "channel_names": {str(index): channel for index, channel in enumerate(self.channel_names)},
             "labels": self.labels,
-            "numTraining": len(images & labels),
+            "numTraining": len(whole),
             "file_ending": self.file_ending,
             "overwrite_image_reader_writer": READER_WRITERS[self.file_ending],
         }
@@ -263,10 +277,10 @@ def _check_settings(
         allowed_endings = ", ".join(READER_WRITERS)
         msg = f"file_ending is {file_ending!r}; allowed are {allowed_endings} (JPEG would change label values)"
         raise UserError(msg)
-    allowed = (1, 3) if file_ending == ".png" else (1,)
-    if isinstance(channel_names, str) or len(channel_names) not in allowed:
-        count = " or ".join(map(str, allowed))
-        msg = f"channel_names is {channel_names!r}; {file_ending} takes a list of {count} names"
+    fits = len(channel_names) in (1, 3) if file_ending == ".png" else len(channel_names) > 0
+    if isinstance(channel_names, str) or not fits:
+        count = "1 or 3 names" if file_ending == ".png" else "names, one per channel"
+        msg = f"channel_names is {channel_names!r}; {file_ending} takes a list of {count}"
         raise UserError(msg)
     if file_ending == ".png" and any(channel.casefold() == "ct" for channel in channel_names):
         msg = (
@@ -297,8 +311,9 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _remove_dataset(path: Path) -> None:
     """Remove what this writer writes, its settings last: a stopped removal is not mixed with another run."""
     (path / "dataset.json").unlink(missing_ok=True)
-    for sub in ("imagesTr", "labelsTr"):
+    for sub in ("imagesTr", "labelsTr", "ensemble"):
         if (path / sub).is_dir():
             shutil.rmtree(path / sub)
-    (path / "provenance.jsonl").unlink(missing_ok=True)
+    for file in ("provenance.jsonl", "filters.json"):
+        (path / file).unlink(missing_ok=True)
     (path / SETTINGS_FILE).unlink(missing_ok=True)

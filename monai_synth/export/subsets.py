@@ -22,7 +22,6 @@ from monai_synth.export.nnunet import SETTINGS_FILE, sanitize_case_id
 from monai_synth.export.provenance import read_provenance
 
 PROVENANCE_FILE = "provenance.jsonl"
-SEEDS_PER_ATTEMPT = 2**32  # a replaced pair's seed is higher by this much; see `monai_synth.inference.pairs`
 
 
 def subset_size(ratio: int, num_real: int) -> int:
@@ -153,8 +152,14 @@ def _cases(pool: Path, content: dict[str, Any]) -> list[str]:
     ending = content["file_ending"]
     ids = sorted(path.name[: -len(ending)] for path in (pool / "labelsTr").glob(f"[!.]*{ending}"))
     whole = [case for case in ids if all(path.is_file() for path in _files(pool, case, content))]
-    seeds = {case: line["seed"] % SEEDS_PER_ATTEMPT for case, line in _lines(pool).items()}
+    seeds = {case: _first_seed(line) for case, line in _lines(pool).items()}
     return sorted(whole, key=lambda case: seeds.get(case, 0))
+
+
+def _first_seed(line: dict[str, Any]) -> int:
+    """Seed of a case's first attempt, which is its place in the order of sampling."""
+    refused = line["filters"].get("refused")
+    return refused[0]["seed"] if refused else line["seed"]
 
 
 def _lines(pool: Path) -> dict[str, dict[str, Any]]:
