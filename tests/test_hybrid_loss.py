@@ -1,192 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned variance and the hybrid loss against closed forms and independent implementations."""
+"""L_hybrid: its bound is 0 at the posterior and trains the variance only."""
 
 from __future__ import annotations
 
 import math
-from unittest import mock
 
-import numpy as np
+import ignite.metrics
 import pytest
 import torch
-from diffusers import DDPMScheduler
-from scipy import stats
+from ignite.engine import Engine
+from scipy.stats import norm
 
-from monai_synth.diffusion import DiffusionTarget, HybridLoss, Posterior, add_noise, alphas_cumprod, training_target
-from monai_synth.diffusion.variance import discretized_gaussian_log_likelihood, gaussian_kl
+from monai_synth.diffusion import DiffusionTarget, HybridLoss, add_noise, alphas_cumprod, training_target
 from monai_synth.errors import UserError
 
-LINEAR = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-COSINE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+KINDS = ("epsilon", "sample", "v_prediction")
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def target(schedule: dict, t: list[int], seed: int = 0) -> DiffusionTarget:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(t), 3, 4, 5)
-    x_0 = torch.randint(0, 256, shape, generator=generator) / 255
-    eps = torch.randn(shape, generator=generator)
-    times = torch.tensor(t)
-    return DiffusionTarget(x_0=x_0, x_t=add_noise(schedule, x_0, eps, times), eps=eps, t=times)
+def schedule(kind: str = "epsilon", num_steps: int = 1000) -> dict:
+    return {
+        "num_train_timesteps": num_steps,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": kind,
+    }
 
 
-def true_prediction(schedule: dict, made: DiffusionTarget) -> torch.Tensor:
-    return training_target(schedule, made.x_0, made.eps, made.t)
+def batch(t: list[int], dtype: torch.dtype = torch.float64) -> DiffusionTarget:
+    """8-bit data of two channels, in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(0, 256, (len(t), 2, 5, 5), generator=generator).to(dtype) / 255
+    eps = torch.randn(x_0.shape, generator=generator, dtype=dtype)
+    return DiffusionTarget(x_0, add_noise(schedule(), x_0, eps, torch.tensor(t)), eps, torch.tensor(t))
 
 
-# The posterior and its parts
+def outputs(target: DiffusionTarget, kind: str, v: float, error: float = 0.0) -> torch.Tensor:
+    """The true target with an error, beside v."""
+    prediction = training_target(schedule(kind), target.x_0, target.eps, target.t) + error
+    return torch.cat([prediction, torch.full_like(prediction, v)], dim=1)
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, COSINE])
-@pytest.mark.parametrize("t", [1, 2, 50, 99])
-def test_the_posterior_mean_is_that_of_an_independent_sampler(schedule: dict, t: int) -> None:
-    made = target(schedule, [t])
-    other = DDPMScheduler(**schedule, clip_sample=False, prediction_type="sample")
-    other.alphas_cumprod = alphas_cumprod(schedule)  # in double precision
-    other.set_timesteps(timesteps=[t, t - 1])
-    # two draws with opposite noise: their mean is the mean
-    steps = []
-    for sign in (1, -1):
-        with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, sign=sign, **_: sign * noise):
-            noise = torch.randn(made.x_t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-            steps.append(other.step(made.x_0.double(), t, made.x_t.double()).prev_sample)
-    ours = Posterior(schedule).mean(made.x_0.double(), made.x_t.double(), made.t)
-    assert ((steps[0] + steps[1]) / 2 - ours).abs().max() < 1e-5
+class TestBound:
+    def test_it_is_exactly_0_where_mean_and_variance_are_the_posterior_s(self):
+        target = batch([1, 2, 500, 999], torch.float32)
+        mse, vlb = HybridLoss(schedule("sample"), value_range=(0, 1)).terms(outputs(target, "sample", -1), target)
+        assert (vlb == 0).all()
+        assert (mse == 0).all()
+
+    @EVERY_KIND
+    def test_it_is_0_for_every_kind_of_prediction(self, kind):
+        target = batch([1, 2, 500, 999])
+        _, vlb = HybridLoss(schedule(kind), value_range=(0, 1)).terms(outputs(target, kind, -1), target)
+        torch.testing.assert_close(vlb, torch.zeros_like(vlb), rtol=0, atol=1e-12)
+
+    def test_its_values_are_bits_of_independent_formulas(self):
+        """KL of torch.distributions for t > 0, difference of scipy's distribution functions at t = 0."""
+        target = batch([0, 1, 700])
+        _, vlb = HybridLoss(schedule(), value_range=(0, 1)).terms(outputs(target, "epsilon", 0.5, 0.2), target)
+        table = alphas_cumprod(schedule())
+        for i, t in enumerate([0, 1, 700]):
+            abar, before = table[t], table[t - 1] if t else torch.ones((), dtype=torch.float64)
+            beta = 1 - abar / before
+            u = max(t, 1)  # at t = 0 the posterior's variance is 0, that of t = 1 stands there
+            tilde = (1 - table[u - 1]) / (1 - table[u]) * (1 - table[u] / table[u - 1])
+            x_0, x_t = target.x_0[i], target.x_t[i]
+            x_0_hat = (x_t - (1 - abar).sqrt() * (target.eps[i] + 0.2)) / abar.sqrt()
+            mean, true_mean = (
+                before.sqrt() * beta / (1 - abar) * x + (abar / before).sqrt() * (1 - before) / (1 - abar) * x_t
+                for x in (x_0_hat, x_0)
+            )
+            std = torch.full_like(mean, float(beta**0.75 * tilde**0.25) ** 0.5)
+            if t:
+                true = torch.distributions.Normal(true_mean, tilde.sqrt())
+                nats = torch.distributions.kl_divergence(true, torch.distributions.Normal(mean, std))
+            else:
+                upper = torch.where(x_0 == 1, math.inf, x_0 + 0.5 / 255).numpy()
+                lower = torch.where(x_0 == 0, -math.inf, x_0 - 0.5 / 255).numpy()
+                nats = -torch.log(torch.from_numpy(norm.cdf(upper, mean, std) - norm.cdf(lower, mean, std)))
+            assert float(vlb[i]) == pytest.approx(float(nats.mean()) / math.log(2), abs=1e-5)
+
+    @EVERY_KIND
+    def test_its_gradient_reaches_only_the_variance(self, kind):
+        target = batch([0, 1, 500, 999])
+        output = outputs(target, kind, 0.3, 0.1).requires_grad_()
+        _, vlb = HybridLoss(schedule(kind), value_range=(0, 1)).terms(output, target)
+        (gradient,) = torch.autograd.grad(vlb.sum(), output)
+        assert (gradient[:, :2] == 0).all()
+        assert (gradient[:, 2:] != 0).all()
+
+    @EVERY_KIND
+    def test_it_does_not_change_the_gradient_of_the_mean(self, kind):
+        target = batch([0, 1, 500, 999])
+        output = outputs(target, kind, 0.3, 0.1)
+        with_bound, without = (
+            torch.autograd.grad(HybridLoss(schedule(kind), value_range=(0, 1), vlb_weight=w)(o, target), o)[0]
+            for w, o in ((0.001, output.clone().requires_grad_()), (0.0, output.clone().requires_grad_()))
+        )
+        assert torch.equal(with_bound[:, :2], without[:, :2])
+        assert (with_bound[:, 2:] != 0).all()
+        assert (without[:, 2:] == 0).all()
+
+    def test_descent_on_it_finds_the_posterior_s_variance(self):
+        """Of a network whose mean is right, the best variance is beta tilde, v = -1."""
+        target = batch([300] * 4)
+        loss = HybridLoss(schedule(), value_range=(0, 1), vlb_weight=10.0)
+        v = torch.full_like(target.x_0, 0.8, requires_grad=True)
+        optimizer = torch.optim.Adam([v], lr=0.1)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss(torch.cat([target.eps, v], dim=1), target).backward()
+            optimizer.step()
+        torch.testing.assert_close(v.detach(), torch.full_like(v, -1.0), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("t", [1, 2, 500, 999])
-@pytest.mark.parametrize("v", [-1.0, -0.3, 0.0, 0.8, 1.0])
-def test_the_learned_variance_is_that_of_an_independent_sampler(t: int, v: float) -> None:
-    other = DDPMScheduler(**LINEAR, clip_sample=False, variance_type="learned_range")
-    other.alphas_cumprod = alphas_cumprod(LINEAR)  # in double precision
-    expected = other._get_variance(t, predicted_variance=torch.tensor(v, dtype=torch.float64))
-    ours = Posterior(LINEAR).learned_log_variance(torch.full((1, 1), v, dtype=torch.float64), torch.tensor([t]))
-    assert ours.item() == pytest.approx(float(expected), abs=1e-5)
-    assert Posterior(LINEAR).log_beta_tilde[t] <= ours.item() + 1e-12 <= Posterior(LINEAR).log_beta[t] + 1e-9
+class TestWhole:
+    @pytest.mark.parametrize("num_steps", [1000, 100])
+    def test_it_is_the_squared_error_plus_weight_times_the_timesteps_times_the_bound(self, num_steps):
+        target = batch([0, 50, 99])
+        loss = HybridLoss(schedule("epsilon", num_steps), value_range=(0, 1), vlb_weight=0.002)
+        output = outputs(target, "epsilon", 0.3, 0.1)
+        mse, vlb = loss.terms(output, target)
+        torch.testing.assert_close(mse, torch.full_like(mse, 0.01))
+        assert float(loss(output, target)) == pytest.approx(float(mse.mean() + 0.002 * num_steps * vlb.mean()))
+        assert float(vlb.mean()) > 0
+
+    @EVERY_KIND
+    def test_without_a_learned_variance_it_is_the_squared_error(self, kind):
+        target = batch([0, 500])
+        loss = HybridLoss(schedule(kind), value_range=(0, 1), learned_variance=False)
+        assert float(loss(outputs(target, kind, 0, 0.1)[:, :2], target)) == pytest.approx(0.01)
+
+    def test_the_range_of_the_data_decides_the_width_of_the_decoder_s_bins(self):
+        target = batch([0])
+        twice = DiffusionTarget(2 * target.x_0 - 1, 2 * target.x_t - 1, target.eps, target.t)
+        narrow, wide = (
+            HybridLoss(schedule("sample"), value_range=r).terms(torch.cat([x.x_0, torch.zeros_like(x.x_0)], dim=1), x)[
+                1
+            ]
+            for r, x in (((0, 1), target), ((-1, 1), twice))
+        )
+        assert float(narrow) > float(wide) + 0.5  # the same variance against bins of half the width
+
+    def test_output_in_half_precision_is_computed_in_that_of_the_data(self):
+        target = batch([0, 1, 500], torch.float32)
+        loss = HybridLoss(schedule(), value_range=(0, 1))
+        output = outputs(target, "epsilon", 0.3, 0.1)
+        assert loss(output.bfloat16(), target).dtype == torch.float32
+        assert float(loss(output.bfloat16(), target)) == pytest.approx(float(loss(output, target)), rel=0.05)
+
+    def test_its_tables_are_no_part_of_a_checkpoint(self):
+        assert not HybridLoss(schedule(), value_range=(0, 1)).state_dict()
+
+    def test_ignite_averages_it_over_samples(self):
+        """ignite.metrics.Loss asks the label for its length."""
+        loss = HybridLoss(schedule(), value_range=(0, 1))
+        targets = [batch([0, 500]), batch([1, 2, 999])]
+        pairs = [(outputs(target, "epsilon", 0.3, 0.1 * (i + 1)), target) for i, target in enumerate(targets)]
+        engine = Engine(lambda _, pair: pair)
+        ignite.metrics.Loss(loss).attach(engine, "loss")
+        found = engine.run(pairs).metrics["loss"]
+        assert found == pytest.approx(float(2 * loss(*pairs[0]) + 3 * loss(*pairs[1])) / 5)
 
 
-def test_half_way_between_the_bounds_is_their_geometric_mean() -> None:
-    q = Posterior(LINEAR)
-    halfway = q.learned_log_variance(torch.zeros(1, 1, dtype=torch.float64), torch.tensor([1])).exp()
-    bounds = [table[1].exp() for table in (q.log_beta, q.log_beta_tilde)]
-    assert halfway.item() == pytest.approx(math.sqrt(bounds[0] * bounds[1]))
-    assert halfway.item() == pytest.approx(8.09e-5, rel=1e-3)  # the variances' mean would be 8.72e-5
+class TestMisuse:
+    @pytest.mark.parametrize(("learned", "channels"), [(True, 2), (False, 4)])
+    def test_a_network_with_other_channels_is_refused_with_both_counts(self, learned, channels):
+        target = batch([0])
+        loss = HybridLoss(schedule(), value_range=(0, 1), learned_variance=learned)
+        needed = 4 if learned else 2
+        with pytest.raises(UserError, match=f"has {channels} output channels.* needs {needed}"):
+            loss(torch.zeros(1, channels, 5, 5), target)
 
-
-def test_the_divergence_is_that_of_torch() -> None:
-    means, logs = torch.randn(2, 50), torch.randn(2, 50)
-    normals = [torch.distributions.Normal(m, (0.5 * s).exp()) for m, s in zip(means, logs, strict=True)]
-    expected = torch.distributions.kl_divergence(*normals)
-    torch.testing.assert_close(gaussian_kl(means[0], logs[0], means[1], logs[1]), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0)])
-@pytest.mark.parametrize("scale", [1e-3, 0.05, 2.0])
-def test_the_probabilities_of_all_grey_values_add_up_to_one_and_are_those_of_the_normal_distribution(
-    value_range: tuple, scale: float
-) -> None:
-    low, high = value_range
-    values = torch.linspace(low, high, 256, dtype=torch.float64)
-    mean = torch.full_like(values, low + 0.3 * (high - low))
-    logs = discretized_gaussian_log_likelihood(values, mean, torch.full_like(values, math.log(scale)), value_range)
-    assert logs.exp().sum().item() == pytest.approx(1, abs=1e-9)
-    edges = np.concatenate([[-np.inf], (values[:-1] + values[1:]).numpy() / 2, [np.inf]])
-    expected = np.diff(stats.norm.cdf(edges, mean[0].item(), scale))
-    seen = expected > 1e-9
-    np.testing.assert_allclose(logs.exp().numpy()[seen], expected[seen], rtol=1e-5)
-
-
-def test_the_likelihood_of_a_value_far_off_is_small_and_finite_in_single_precision() -> None:
-    x_0 = torch.tensor([0.5, 0.5, 0.0, 1.0])
-    mean = torch.tensor([0.5, -40.0, 30.0, -30.0], requires_grad=True)
-    logs = discretized_gaussian_log_likelihood(x_0, mean, torch.full((4,), math.log(0.01)), (0.0, 1.0))
-    logs.sum().backward()
-    assert torch.isfinite(logs).all()
-    assert torch.isfinite(mean.grad).all()
-    assert (logs[1:] < -1e5).all()
-
-
-# The loss
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_bound_is_zero_where_the_model_is_the_posterior(prediction: str) -> None:
-    schedule = LINEAR | {"prediction_type": prediction}
-    made = target(schedule, [1, 10, 400, 999])
-    exact = torch.cat([true_prediction(schedule, made), torch.full_like(made.x_0, -1.0)], dim=1)
-    simple, vlb = HybridLoss(schedule, value_range=(0, 1)).terms(exact, made)
-    assert simple.abs().max() == 0
-    assert vlb.abs().max() < 1e-6
-    other = torch.cat([true_prediction(schedule, made), torch.zeros_like(made.x_0)], dim=1)
-    assert (HybridLoss(schedule, value_range=(0, 1)).terms(other, made)[1][:1] > 1e-4).all()
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_gradient_of_the_bound_reaches_the_variance_only(prediction: str) -> None:
-    schedule = LINEAR | {"prediction_type": prediction}
-    made = target(schedule, [0, 1, 300, 800])
-    output = torch.randn(4, 6, 4, 5, requires_grad=True)
-    gradients = []
-    for weight in (0.0, 0.001, 1.0):
-        loss = HybridLoss(schedule, value_range=(0, 1), vlb_weight=weight)(output, made)
-        gradients.append(torch.autograd.grad(loss, output)[0])
-    for gradient in gradients:
-        assert torch.equal(gradient[:, :3], gradients[0][:, :3])
-    assert gradients[0][:, 3:].abs().max() == 0
-    assert all((g[:, 3:].flatten(1).abs().max(1).values > 0).all() for g in gradients[1:])
-
-
-def test_the_two_terms_are_weighted_as_the_text_has_it() -> None:
-    made = target(LINEAR, [0, 3, 500])
-    output = torch.randn(3, 6, 4, 5)
-    loss = HybridLoss(LINEAR, value_range=(0, 1))
-    simple, vlb = loss.terms(output, made)
-    torch.testing.assert_close(loss(output, made), (simple + vlb * 1000 / 1000).mean())  # lambda T = 1
-    torch.testing.assert_close(simple, (output[:, :3] - made.eps).square().mean((1, 2, 3)))
-
-
-@pytest.mark.parametrize("value_range", [(0, 1), (-1, 1)])
-def test_the_first_term_is_the_likelihood_of_the_grey_values_in_bits(value_range: tuple) -> None:
-    low, high = value_range
-    made = target(LINEAR, [0])
-    x_0 = low + (high - low) * made.x_0
-    made = DiffusionTarget(x_0=x_0, x_t=add_noise(LINEAR, x_0, made.eps, made.t), eps=made.eps, t=made.t)
-    output = torch.cat([made.eps, torch.zeros_like(made.eps)], dim=1)
-    _, vlb = HybridLoss(LINEAR, value_range=value_range).terms(output, made)
-    q = Posterior(LINEAR)
-    scale = math.exp(0.25 * (q.log_beta[0] + q.log_beta[1] + math.log((1 - _abar(0)) / (1 - _abar(1)))))
-    half = (high - low) / 255 / 2
-    inner = stats.norm.cdf(half / scale) - stats.norm.cdf(-half / scale)
-    ends = stats.norm.cdf(half / scale)
-    is_end = ((x_0 == low) | (x_0 == high)).float().mean().item()
-    expected = -(is_end * math.log2(ends) + (1 - is_end) * math.log2(inner))
-    assert vlb.item() == pytest.approx(expected, rel=1e-3)
-
-
-def _abar(t: int) -> float:
-    return float(alphas_cumprod(LINEAR)[t])
-
-
-def test_without_a_learned_variance_the_loss_is_the_squared_error() -> None:
-    made = target(LINEAR, [0, 5, 9])
-    output = torch.randn(3, 3, 4, 5)
-    loss = HybridLoss(LINEAR, value_range=(0, 1), learned_variance=False)
-    torch.testing.assert_close(loss(output, made), torch.nn.functional.mse_loss(output, made.eps))
-    with pytest.raises(UserError, match="gives 3 channels for 3 of x_0, and learned_variance True needs 6"):
-        HybridLoss(LINEAR, value_range=(0, 1))(output, made)
-
-
-def test_the_loss_of_an_exact_denoiser_trains_the_variance_to_that_of_the_data() -> None:
-    """x_0 of a point mass: the posterior variance is exact, so v must go to -1."""
-    x_0 = torch.full((64, 1, 1, 1), 0.25)
-    v = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.Adam([v], lr=0.05)
-    loss = HybridLoss(LINEAR, value_range=(0, 1))
-    for step in range(150):
-        eps = torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(step))
-        t = torch.randint(1, 5, (64,), generator=torch.Generator().manual_seed(step))
-        made = DiffusionTarget(x_0=x_0, x_t=add_noise(LINEAR, x_0, eps, t), eps=eps, t=t)
-        optimizer.zero_grad()
-        loss(torch.cat([eps, v.expand_as(eps)], dim=1), made).backward()
-        optimizer.step()
-    assert v.item() == pytest.approx(-1, abs=0.1)
+    def test_wrong_options_are_refused(self):
+        with pytest.raises(UserError, match="vlb_weight is -1"):
+            HybridLoss(schedule(), value_range=(0, 1), vlb_weight=-1)
+        with pytest.raises(UserError, match="value_range"):
+            HybridLoss(schedule(), value_range=(0, 255))
+        with pytest.raises(UserError, match="1 timestep"):
+            HybridLoss(schedule(num_steps=1), value_range=(0, 1))

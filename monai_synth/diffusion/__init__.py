@@ -9,20 +9,20 @@ from monai_synth.diffusion.schedules import (
     add_noise,
     alphas_cumprod,
     make_sampler,
+    predicted_x_0,
     sampling_timesteps,
     step_variance,
     training_target,
 )
-from monai_synth.diffusion.variance import Posterior
 
 __all__ = [
     "SAMPLERS",
     "DiffusionTarget",
     "HybridLoss",
-    "Posterior",
     "add_noise",
     "alphas_cumprod",
     "make_sampler",
+    "predicted_x_0",
     "sampling_timesteps",
     "step_variance",
     "training_target",

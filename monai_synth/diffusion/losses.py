@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a denoiser with a learned variance is trained on (JDM thesis, Eq 2.17 and 2.18)."""
+"""The loss of a diffusion model with learned variance, L_hybrid = L_simple + lambda L_vlb (JDM thesis, Eq 2.18)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from monai_synth.diffusion.schedules import Schedule, alphas_cumprod, training_target
+from monai_synth.data.joint import check_value_range
+from monai_synth.diffusion.schedules import Schedule, alphas_cumprod, predicted_x_0, training_target
 from monai_synth.diffusion.variance import (
-    Posterior,
+    check_learnable,
     discretized_gaussian_log_likelihood,
     gaussian_kl,
-    nats_to_bits,
+    learned_log_variance,
+    posterior_log_variance,
+    posterior_mean,
 )
 from monai_synth.errors import UserError
 
 
 @dataclass(frozen=True)
 class DiffusionTarget:
-    """What the loss compares a prediction with.
+    """What a noisy batch was made of: the label of a diffusion model's training.
 
     Attributes:
         x_0: clean data (B, C, *S).
-        x_t: noisy data, the network's input.
-        eps: the noise in it.
+        x_t: noisy data, of the same shape.
+        eps: the noise.
         t: timesteps (B,).
     """
 
@@ -35,22 +40,24 @@ class DiffusionTarget:
     t: Tensor
 
     def __len__(self) -> int:
-        """Size of the batch, for metrics that average over cases."""
-        return len(self.x_0)
+        return len(self.t)
 
 
 class HybridLoss(nn.Module):
-    """L_simple + lambda L_vlb, whose second term reaches the variance only.
+    """Mean squared error of the prediction, and the variational bound for the variance.
 
-    L_simple is the mean squared error of the prediction. L_vlb is T times the mean over t of the variational bound's
-    terms in bits per dimension: the KL divergence of the model's step from the posterior, at t = 0 the negative log
-    likelihood of the 8-bit value. Its gradient stops at the mean.
+    L_vlb sees the predicted mean without its gradient, so it trains only the variance. One t is drawn for each
+    sample, so the bound is T times the mean of its terms, in bits for each element; with T = 1000 and the weight of
+    0.001 the two losses are added as they are, as in improved-diffusion.
 
     Args:
-        schedule: noise schedule, whose ``prediction_type`` says what is predicted.
-        value_range: lowest and highest value of x_0.
-        learned_variance: the prediction has twice the channels of x_0, the second half is v; else L_simple alone.
+        schedule: noise schedule.
+        value_range: lowest and highest value of x_0, of 8-bit data: [0, 1] or [-1, 1].
+        learned_variance: False for a network that predicts only; the bound is then left out.
         vlb_weight: lambda.
+
+    Raises:
+        UserError: an option is not within its range.
     """
 
     def __init__(
@@ -62,65 +69,63 @@ class HybridLoss(nn.Module):
         vlb_weight: float = 0.001,
     ) -> None:
         super().__init__()
+        if not vlb_weight >= 0:
+            raise UserError(f"vlb_weight is {vlb_weight!r}; allowed are numbers from 0, the text's is 0.001")
         self.schedule = dict(schedule)
-        self.value_range = (float(value_range[0]), float(value_range[1]))
+        self.value_range = check_value_range(value_range)
         self.learned_variance = learned_variance
         self.vlb_weight = float(vlb_weight)
-        self.posterior = Posterior(alphas_cumprod(schedule))
+        table = alphas_cumprod(schedule)
+        if learned_variance:
+            check_learnable(table)
+        self.register_buffer("alphas_cumprod", table, persistent=False)
 
     def forward(self, prediction: Tensor, target: DiffusionTarget) -> Tensor:
-        """Mean loss of a batch.
+        """The loss.
 
         Args:
-            prediction: (B, 2C, *S), or (B, C, *S) without a learned variance.
-            target: what to compare with.
+            prediction: of the network (B, 2 C, *S), or (B, C, *S) without a learned variance.
+            target: what x_t was made of.
+
+        Returns:
+            Scalar.
+        """
+        mse, vlb = self.terms(prediction, target)
+        return mse.mean() + self.vlb_weight * len(self.alphas_cumprod) * vlb.mean()
+
+    def terms(self, prediction: Tensor, target: DiffusionTarget) -> tuple[Tensor, Tensor]:
+        """Squared error and term of the bound at t in bits, both means over the elements of each sample (B,).
 
         Raises:
-            UserError: the numbers of channels do not fit.
+            UserError: the network has not the channels that the loss needs.
         """
-        simple, vlb = self.terms(prediction, target)
-        return simple.mean() if vlb is None else (simple + self.vlb_weight * len(self.posterior.abar) * vlb).mean()
-
-    def terms(self, prediction: Tensor, target: DiffusionTarget) -> tuple[Tensor, Tensor | None]:
-        """L_simple and the bound's term at t in bits per dimension, of each case (B,)."""
         channels = target.x_0.shape[1]
-        wanted = channels * (2 if self.learned_variance else 1)
-        if prediction.shape[1] != wanted:
+        needed = channels * (2 if self.learned_variance else 1)
+        if prediction.shape[1] != needed:
             msg = (
-                f"the network gives {prediction.shape[1]} channels for {channels} of x_0, and learned_variance "
-                f"{self.learned_variance} needs {wanted}; give both the same learned_variance"
+                f"the network has {prediction.shape[1]} output channels; with {channels} channels of data and "
+                f"learned_variance {self.learned_variance} it needs {needed}"
             )
             raise UserError(msg)
-        mean_part = prediction[:, :channels].float()
-        wanted_part = training_target(self.schedule, target.x_0, target.eps, target.t)
-        simple = (mean_part - wanted_part).square().flatten(1).mean(1)
+        prediction = prediction.to(target.x_0.dtype)
+        mean_half = prediction[:, :channels]
+        wanted = training_target(self.schedule, target.x_0, target.eps, target.t, table=self.alphas_cumprod)
+        mse = _mean_of_sample((mean_half - wanted) ** 2)
         if not self.learned_variance:
-            return simple, None
-        return simple, self._bound(mean_part.detach(), prediction[:, channels:].float(), target)
+            return mse, torch.zeros_like(mse)
+        return mse, self._vlb(mean_half.detach(), prediction[:, channels:], target)
 
-    def _bound(self, mean_part: Tensor, v: Tensor, target: DiffusionTarget) -> Tensor:
-        if self.posterior.abar.device != target.t.device:
-            self.posterior = self.posterior.to(target.t.device)
-        q, t = self.posterior, target.t
-        mean = q.mean(self._x_0(mean_part, target), target.x_t, t)
-        log_variance = q.learned_log_variance(v, t)
-        true_mean = q.mean(target.x_0, target.x_t, t)
-        kl = gaussian_kl(true_mean, q.log_variance(target.x_t, t), mean, log_variance).flatten(1).mean(1)
-        first = t == 0
-        if first.any():
-            likelihood = discretized_gaussian_log_likelihood(
-                target.x_0[first], mean[first], 0.5 * log_variance[first], self.value_range
-            )
-            kl = kl.masked_scatter(first, -likelihood.flatten(1).mean(1))
-        return nats_to_bits(kl)
+    def _vlb(self, mean_half: Tensor, v: Tensor, target: DiffusionTarget) -> Tensor:
+        """L_{t-1}, or at t = 0 the decoder's L_0 (Nichol and Dhariwal 2021, Eq 4 to 7), in bits, (B,)."""
+        table, x_0, x_t, t = self.alphas_cumprod, target.x_0, target.x_t, target.t
+        x_0_hat = predicted_x_0(self.schedule, mean_half, x_t, t, table=table)
+        mean = posterior_mean(table, x_0_hat, x_t, t)
+        log_variance = learned_log_variance(table, v, t)
+        true_log_variance = posterior_log_variance(table, t).to(v).view(-1, *[1] * (v.ndim - 1))
+        kl = gaussian_kl(posterior_mean(table, x_0, x_t, t), true_log_variance, mean, log_variance)
+        nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance, self.value_range)
+        return torch.where(t == 0, _mean_of_sample(nll), _mean_of_sample(kl)) / math.log(2)
 
-    def _x_0(self, prediction: Tensor, target: DiffusionTarget) -> Tensor:
-        """x_0 that the prediction means."""
-        kind = self.schedule.get("prediction_type", "epsilon")
-        if kind == "sample":
-            return prediction
-        abar = self.posterior.abar[target.t].view(-1, *[1] * (prediction.ndim - 1))
-        signal, noise = abar.sqrt().to(prediction), (1 - abar).sqrt().to(prediction)
-        if kind == "epsilon":
-            return (target.x_t - noise * prediction) / signal
-        return signal * target.x_t - noise * prediction
+
+def _mean_of_sample(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(dim=1)

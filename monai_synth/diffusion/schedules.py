@@ -72,7 +72,7 @@ def add_noise(schedule: Schedule | Tensor, x_0: Tensor, eps: Tensor, t: Tensor) 
     return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * eps
 
 
-def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, *, table: Tensor | None = None) -> Tensor:
     """What the network learns to predict: eps (LSDM thesis, Eq 3.1), x_0, or v.
 
     ``v = sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022). At high noise an error in eps is multiplied
@@ -83,6 +83,7 @@ def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> 
         x_0: clean data (B, ...).
         eps: the noise that was added, of the same shape.
         t: timesteps (B,).
+        table: :func:`alphas_cumprod` of the schedule, where it is at hand.
 
     Returns:
         Target of the shape of x_0.
@@ -92,8 +93,32 @@ def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> 
         return eps
     if kind == "sample":
         return x_0
-    abar = alphas_cumprod(schedule).to(t.device)[t].view(-1, *[1] * (x_0.ndim - 1))
+    abar = _table(schedule if table is None else table).to(t.device)[t].view(-1, *[1] * (x_0.ndim - 1))
     return abar.sqrt().to(x_0) * eps - (1 - abar).sqrt().to(x_0) * x_0
+
+
+def predicted_x_0(
+    schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, *, table: Tensor | None = None
+) -> Tensor:
+    """The data that a prediction means: what :func:`training_target` of them and of x_t would be undone.
+
+    Args:
+        schedule: the description; its ``prediction_type`` decides.
+        prediction: of the network (B, ...), without a variance.
+        x_t: noisy data, of the same shape.
+        t: timesteps (B,).
+        table: :func:`alphas_cumprod` of the schedule, where it is at hand.
+
+    Returns:
+        x_0 as predicted, of the shape of x_t.
+    """
+    kind = schedule.get("prediction_type", "epsilon")
+    if kind == "sample":
+        return prediction
+    abar = _table(schedule if table is None else table).to(t.device)[t].view(-1, *[1] * (x_t.ndim - 1))
+    if kind == "epsilon":
+        return (x_t - (1 - abar).sqrt().to(x_t) * prediction) / abar.sqrt().to(x_t)
+    return abar.sqrt().to(x_t) * x_t - (1 - abar).sqrt().to(x_t) * prediction
 
 
 def step_variance(schedule: Schedule | Tensor, t: int, t_prev: int) -> float:

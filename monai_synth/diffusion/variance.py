@@ -1,114 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The posterior q(x_{t-1} | x_t, x_0), the learned variance and the likelihoods of which L_vlb is made.
+"""Gaussians of a diffusion chain: its posterior, the learned variance, and how far two of them are apart.
 
-Everything is in nats; tables are float64 and cast on use.
+Every function takes a schedule or its table of ``abar``. A shortened chain is a chain of its own: with the table at
+the timesteps that it visits, ascending, and t counting these, the functions hold for it as they are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.special import log_ndtr
 
 from monai_synth.diffusion.schedules import Schedule, alphas_cumprod
+from monai_synth.errors import UserError
+
+BINS = 256  # data are whole numbers 0 to 255 on disk
 
 
-class Posterior:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) at every timestep (JDM thesis, Eq 2.6).
+def posterior_mean(schedule: Schedule | Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Mean of q(x_{t-1} | x_t, x_0) (JDM thesis, Eq 2.6); x_0 itself at t = 0.
+
+    ``(sqrt(abar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - abar_{t-1}) x_t) / (1 - abar_t)``
 
     Args:
         schedule: the description, or its table ``alphas_cumprod``.
+        x_0: clean data (B, ...), or their prediction.
+        x_t: noisy data, of the same shape.
+        t: timesteps (B,), 0 to T - 1.
 
-    Attributes:
-        log_beta: log of the upper bound of the step's variance (T,).
-        log_beta_tilde: log of the lower bound, the variance given x_0 (T,). That of t = 0 is 0; as in improved
-            DDPM its place is taken by that of t = 1.
+    Returns:
+        Mean, of the shape and type of x_0.
     """
+    abar, before = _abar(schedule, t)
+    share = before.sqrt() * (1 - abar / before) / (1 - abar)
+    rest = (abar / before).sqrt() * (1 - before) / (1 - abar)
+    return _spread(share, x_0) * x_0 + _spread(rest, x_0) * x_t
 
-    def __init__(self, schedule: Schedule | Tensor) -> None:
-        table = schedule.double() if isinstance(schedule, Tensor) else alphas_cumprod(schedule)
-        before = torch.cat([torch.ones(1, dtype=torch.float64, device=table.device), table[:-1]])
-        beta = 1 - table / before
-        self.abar = table
-        self.x_0_factor = beta * before.sqrt() / (1 - table)
-        self.x_t_factor = (1 - before) * (1 - beta).sqrt() / (1 - table)
-        beta_tilde = beta * (1 - before) / (1 - table)
-        beta_tilde[0] = beta_tilde[1] if len(table) > 1 else beta[0]
-        self.log_beta, self.log_beta_tilde = beta.log(), beta_tilde.log()
 
-    def to(self, device: torch.device | str) -> Posterior:
-        """The same tables on a device."""
-        moved = object.__new__(Posterior)
-        moved.__dict__.update({name: value.to(device) for name, value in vars(self).items()})
-        return moved
+def posterior_log_variance(schedule: Schedule | Tensor, t: Tensor) -> Tensor:
+    """Logarithm of the variance of q(x_{t-1} | x_t, x_0), ``beta~_t`` (JDM thesis, Eq 2.6).
 
-    def mean(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of x_{t-1} given x_t and x_0, both (B, ...); t is (B,)."""
-        return _at(self.x_0_factor, t, x_0) * x_0 + _at(self.x_t_factor, t, x_t) * x_t
+    That variance is 0 at t = 0; as in improved-diffusion, the one of t = 1 stands there.
 
-    def log_variance(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Log of the variance of x_{t-1} given x_t and x_0, (B, 1, ...)."""
-        return _at(self.log_beta_tilde, t, x_t)
+    Args:
+        schedule: the description, or its table, of at least two timesteps.
+        t: timesteps (B,).
 
-    def learned_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """Between the two bounds, in the logarithm (thesis Eq 2.17): v = -1 gives the lower, v = 1 the upper.
+    Returns:
+        float64 (B,).
+    """
+    abar, before = _abar(schedule, t.clamp(min=1))
+    return torch.log((1 - before) / (1 - abar) * (1 - abar / before))
 
-        The text has v in [0, 1]; its code, and so this, maps [-1, 1] there (SEEDS 2.4.10).
-        """
-        share = (v + 1) / 2
-        return share * _at(self.log_beta, t, v) + (1 - share) * _at(self.log_beta_tilde, t, v)
+
+def learned_log_variance(schedule: Schedule | Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Log variance between ``beta~_t`` and ``beta_t``, interpolated in the logarithm (JDM thesis, Eq 2.17).
+
+    ``(v + 1) / 2 log beta_t + (1 - v) / 2 log beta~_t``
+
+    Args:
+        schedule: the description, or its table, of at least two timesteps.
+        v: second half of the network's output (B, ...); -1 is ``beta~_t``, 1 is ``beta_t``.
+        t: timesteps (B,).
+
+    Returns:
+        Log variance, of the shape and type of v.
+    """
+    abar, before = _abar(schedule, t)
+    largest = _spread(torch.log(1 - abar / before), v)
+    least = _spread(posterior_log_variance(schedule, t), v)
+    fraction = (v + 1) / 2
+    return fraction * largest + (1 - fraction) * least
 
 
 def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
-    """KL divergence, in nats, of the second from the first of two normal distributions, element by element."""
-    return 0.5 * (
-        log_variance_2
-        - log_variance_1
-        + (log_variance_1 - log_variance_2).exp()
-        + (mean_1 - mean_2).square() * (-log_variance_2).exp()
-        - 1
-    )
+    """KL divergence from N(mean_1, exp(log_variance_1)) to N(mean_2, exp(log_variance_2)), per element, in nats."""
+    difference = log_variance_1 - log_variance_2
+    distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
+    return 0.5 * (difference.exp() - difference - 1 + distance)
 
 
 def discretized_gaussian_log_likelihood(
     x_0: Tensor, mean: Tensor, log_scale: Tensor, value_range: Sequence[float]
 ) -> Tensor:
-    """Log of the probability, in nats, that a normal distribution gives to the 8-bit bin of each value.
+    """Log-probability of the 8-bit value of x_0 under a Gaussian, per element, in nats (Ho et al. 2020, Eq 13).
 
-    The bins of the two ends of the range reach to infinity, so that the 256 probabilities add up to 1
-    (Ho et al. 2020, Eq 13).
+    A value's bin reaches half way to its neighbours; the first and the last are open to the outside, so the 256
+    probabilities sum to 1. It is exact in the tails too, where a difference of two distribution functions is 0.
 
     Args:
-        x_0: values in the range.
-        mean: of the distribution.
-        log_scale: log of its standard deviation.
-        value_range: lowest and highest value, 256 levels from the one to the other.
+        x_0: data (...), multiples of 1 / 255 of the range.
+        mean: of the Gaussian, of the same shape.
+        log_scale: logarithm of its standard deviation.
+        value_range: lowest and highest value.
+
+    Returns:
+        Log-probability, of the shape of x_0.
     """
     low, high = value_range
-    half = (high - low) / 255 / 2
-    inverse = (-log_scale).exp()
-    above = _log_ndtr_difference((x_0 - mean + half) * inverse, (x_0 - mean - half) * inverse)
-    lowest = torch.special.log_ndtr((x_0 - mean + half) * inverse)
-    highest = torch.special.log_ndtr(-(x_0 - mean - half) * inverse)
-    return torch.where(x_0 < low + half, lowest, torch.where(x_0 > high - half, highest, above))
+    half_width = (high - low) / (BINS - 1) / 2
+    # Mirrored so that the bin lies in the left tail, where log_ndtr keeps its digits.
+    side = torch.where(x_0 > mean, -1.0, 1.0)
+    middle = side * (x_0 - mean)
+    scale = torch.exp(log_scale)
+    upper = log_ndtr((middle + half_width) / scale)
+    lower = log_ndtr((middle - half_width) / scale)
+    gap = (lower - upper).clamp(max=-1e-7)  # a bin narrower than the type's digits must not give log 0
+    inside = upper + torch.log(-torch.expm1(gap))
+    outer_left = log_ndtr((x_0 - mean + half_width) / scale)
+    outer_right = log_ndtr(-(x_0 - mean - half_width) / scale)
+    return torch.where(x_0 < low + half_width, outer_left, torch.where(x_0 > high - half_width, outer_right, inside))
 
 
-def _log_ndtr_difference(upper: Tensor, lower: Tensor) -> Tensor:
-    """log(Phi(upper) - Phi(lower)) without cancellation: in the lower tail, to which the upper one is mirrored."""
-    flip = (upper + lower) > 0
-    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    gap = (log_lower - log_upper).clamp(max=-1e-7)
-    return log_upper + torch.log(-torch.expm1(gap))
+def check_learnable(table: Tensor) -> None:
+    """Refuse a schedule whose variance has nothing to learn.
+
+    Raises:
+        UserError: it has a single timestep.
+    """
+    if len(table) < 2:
+        msg = f"the schedule has {len(table)} timestep, a learned variance takes at least 2; set learned_variance false"
+        raise UserError(msg)
 
 
-def nats_to_bits(value: Tensor) -> Tensor:
-    """The same information in bits."""
-    return value / math.log(2.0)
+def _abar(schedule: Schedule | Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """abar at t and at t - 1 (1 for t = 0), float64 (B,)."""
+    table = (schedule if isinstance(schedule, Tensor) else alphas_cumprod(schedule)).to(t.device)
+    return table[t], torch.where(t > 0, table[(t - 1).clamp(min=0)], 1.0)
 
 
-def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries of a table at t (B,), to be multiplied with ``like`` (B, ...)."""
-    return table[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), of the type of ``like``."""
+    return values.to(like).view(-1, *[1] * (like.ndim - 1))
