@@ -40,11 +40,6 @@ def subset_size(ratio: int, num_real: int) -> int:
     return size
 
 
-def pool_size(ratios: Sequence[int] | None, num_real: int, *, default: int = 32) -> int:
-    """Cases that the largest ratio needs; ``default`` where no ratios are asked for."""
-    return max(subset_size(ratio, num_real) for ratio in ratios) if ratios else default
-
-
 def write_subset(pool: Path, folder: Path, *, dataset_id: int, name: str, num_cases: int) -> Path:
     """Write the first cases of a pool as a dataset of their own.
 

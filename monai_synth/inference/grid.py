@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample grids during training: the same maps and seeds every time, so that progress can be seen."""
+"""Sample grids during training: the same cases and seeds every time, so that progress can be seen."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from monai_synth.data.joint import split_joint, to_image, to_label
 from monai_synth.data.slices import slice_preprocessing
+from monai_synth.inference.joint import JointInferer
 from monai_synth.inference.lsdm import LSDMInferer
 from monai_synth.training.handlers import MLflowRun, rank
 from monai_synth.training.latents import LatentCache
-from monai_synth.training.pictures import colour_label, picture_grid, to_uint8
+from monai_synth.training.pictures import colour_label, middle_picture, picture_grid, to_uint8
 
 logger = logging.getLogger(__name__)
 
+Rows = list[list[np.ndarray]]
 
-class SampleGrid:
-    """Draws map above sample above real slice, every ``interval`` epochs and at the end, and records it in MLflow.
+
+class GridHandler(ABC):
+    """Draws a sheet of samples every ``interval`` epochs and at the end, and records it in MLflow.
 
     Args:
-        caches: where the maps come from; the first that has cases.
-        inferer: samples images from maps.
         network: the network to sample from, the EMA usually.
         mlflow: the run.
         output_dir: the sheets are ``output_dir/samples/epoch_NNNN.png`` and ``output_dir/samples.png``.
@@ -34,10 +40,10 @@ class SampleGrid:
         seed: seeds are ``seed``, ``seed + 1``, ...
     """
 
+    rows_are = ""  # what the rows show, from top to bottom
+
     def __init__(
         self,
-        caches: list[LatentCache],
-        inferer: LSDMInferer,
         network: nn.Module,
         mlflow: MLflowRun,
         *,
@@ -47,8 +53,6 @@ class SampleGrid:
         device: str,
         seed: int = 0,
     ) -> None:
-        self.cache = next((c for c in caches if len(c)), caches[0])
-        self.inferer = inferer
         self.network = network
         self.mlflow = mlflow
         self.output_dir = Path(output_dir)
@@ -61,30 +65,98 @@ class SampleGrid:
         if rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
+    @abstractmethod
+    def rows(self) -> Rows:
+        """Sample, and give the pictures row by row."""
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        if epoch % self.interval and epoch != engine.state.max_epochs:
+            return
+        training = self.network.training
+        self.network.eval()
+        rows = self.rows()
+        self.network.train(training)
+        path = picture_grid(rows, self.output_dir / "samples" / f"epoch_{epoch:04d}.png")
+        self.mlflow.log_file(path, "samples")
+        if epoch == engine.state.max_epochs:
+            final = picture_grid(rows, self.output_dir / "samples.png")
+            logger.info(f"wrote {final}: {self.rows_are} from top to bottom")
+
+
+class SampleGrid(GridHandler):
+    """Map above sample above real slice.
+
+    Args:
+        caches: where the maps come from; the first that has cases.
+        inferer: samples images from maps.
+        network: see :class:`GridHandler`, as all others.
+        mlflow: the run.
+        options: the options of :class:`GridHandler`.
+    """
+
+    rows_are = "maps, samples and real slices"
+
+    def __init__(
+        self, caches: list[LatentCache], inferer: LSDMInferer, network: nn.Module, mlflow: MLflowRun, **options: Any
+    ) -> None:
+        super().__init__(network, mlflow, **options)
+        self.cache = next((c for c in caches if len(c)), caches[0])
+        self.inferer = inferer
+
     def _cases(self) -> list[dict]:
         """Evenly spaced cases, those with nodules first."""
         cases = [c for c in self.cache.cases if c.get("nodules")] or self.cache.cases
         n = min(self.num_samples, len(cases))
         return [cases[i * len(cases) // n] for i in range(n)]
 
-    def __call__(self, engine: Engine) -> None:
-        epoch = engine.state.epoch
-        if epoch % self.interval and epoch != engine.state.max_epochs:
-            return
+    def rows(self) -> Rows:
         transform = slice_preprocessing(self.cache.image_size, num_labels=self.inferer.codec.num_labels)
         items = [transform(case) for case in self._cases()]
         label = torch.stack([item["label"] for item in items]).to(self.device)
-        training = self.network.training
-        self.network.eval()
         images = self.inferer(label, self.network, seeds=self.seeds[: len(items)])
-        self.network.train(training)
-        rows = [
+        return [
             [colour_label(item["label"]) for item in items],
             [to_uint8(image) for image in images],
             [to_uint8(item["image"]) for item in items],
         ]
-        path = picture_grid(rows, self.output_dir / "samples" / f"epoch_{epoch:04d}.png")
-        self.mlflow.log_file(path, "samples")
-        if epoch == engine.state.max_epochs:
-            final = picture_grid(rows, self.output_dir / "samples.png")
-            logger.info(f"wrote {final}: maps, samples and real slices from top to bottom")
+
+
+class PairGrid(GridHandler):
+    """Sampled images above their sampled labels; the middle slice where they are volumes.
+
+    Args:
+        inferer: samples the joint variable.
+        contract: of the model: ``image_size``, ``image_channels``, ``labels``, ``value_range``.
+        network: see :class:`GridHandler`, as all others.
+        mlflow: the run.
+        options: the options of :class:`GridHandler`.
+    """
+
+    rows_are = "sampled images and their labels"
+
+    def __init__(
+        self,
+        inferer: JointInferer,
+        contract: Mapping[str, Any],
+        network: nn.Module,
+        mlflow: MLflowRun,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, mlflow, **options)
+        self.inferer = inferer
+        self.contract = contract
+
+    def rows(self) -> Rows:
+        channels = self.contract["image_channels"] + len(self.contract["labels"]) - 1
+        nothing = torch.zeros(self.num_samples, channels, *self.contract["image_size"], device=self.device)
+        x_0 = self.inferer(nothing, self.network, is_known=None, seeds=self.seeds)["x_0"]
+        image, label = split_joint(x_0, self.contract["image_channels"])
+        images = to_image(image, self.contract["value_range"])
+        labels = to_label(label, self.contract["value_range"]).long()
+        labels = (labels * (255 // (len(self.contract["labels"]) - 1))).to(torch.uint8)
+        return [_pictures(images), _pictures(labels[:, None])]
+
+
+def _pictures(images: torch.Tensor) -> Sequence[np.ndarray]:
+    return [middle_picture(image.cpu().numpy()) for image in images]

@@ -260,7 +260,7 @@ class RunProgress:
             self.output is not None and time.monotonic() - self.updated > self.bar.mininterval
         ):  # reading the loss waits for the device
             self.updated = time.monotonic()
-            loss = float(engine.state.output[self.output])
+            loss = float(torch.as_tensor(engine.state.output[self.output]).detach())
             self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{loss:.4f}", refresh=False)
         self.bar.update()
 
