@@ -367,6 +367,21 @@ def test_grey_makes_rgb_and_grey_alike(tmp_path: Path) -> None:
     np.testing.assert_allclose(image[0], picture(0) @ [0.299, 0.587, 0.114], atol=1)
 
 
+def test_one_deep_channel_makes_the_image_deep(tmp_path: Path) -> None:
+    source = nnunet_source(tmp_path / "src")
+    for path in (source / "imagesTr").glob("*_0000.nii.gz"):
+        save(path, picture(0, (4, 5, 6)))
+    assert prepare(source, tmp_path / "out", labels=None)["intensity"]["unit"] == "percentile of each image"
+
+
+def test_a_mask_elsewhere_in_space_is_refused(tmp_path: Path) -> None:
+    source = nnunet_source(tmp_path / "src", channels=1)
+    moved = np.diag([0.5, 0.75, 2.0, 1.0])
+    moved[0, 3] = 0.5
+    nib.save(nib.Nifti1Image(blob(0, (4, 5, 6), 1), moved), source / "labelsTr" / "case_0.nii.gz")
+    assert "lies elsewhere in space (affine); resample it" in refusal(source, tmp_path, labels=None)
+
+
 # ---- tiles and splits
 
 
@@ -527,10 +542,12 @@ def test_places_that_cannot_be_used_are_told(tmp_path: Path) -> None:
 
 def test_names_that_become_the_same_file_are_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path / "src", 3)
-    for name in ("b 1", "b?1"):
+    for name in ("b 1", "b?1", "A1"):
         save(source / "images" / f"{name}.png", picture(7))
         save(source / "masks" / f"{name}.png", blob(7))
-    assert "its name becomes that of" in refusal(source, tmp_path)
+    said = refusal(source, tmp_path)
+    assert "b?1.png: its name becomes that of" in said
+    assert "a1.png: its name becomes that of" in said, "some disks do not tell A from a"
 
 
 @pytest.mark.parametrize(

@@ -258,14 +258,14 @@ def _inspect(found: PairSource, grey: bool, progress: bool) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     for pair in tqdm(found.pairs, desc="reading headers", unit="image", disable=not progress):
         try:
-            first = inspect_image(pair.images[0])
-            rest = sum(inspect_image(path).channels for path in pair.images[1:])
+            files = [inspect_image(path) for path in pair.images]
         except UserError as error:
             found.problems.append(Problem("unusable", str(error)))
             continue
-        channels = first.channels + rest
-        channels = 1 if grey and (first.spatial_dims, channels) == (2, 3) else channels
-        forms[pair.name] = replace(first, channels=channels)
+        channels = sum(form.channels for form in files)
+        channels = 1 if grey and (files[0].spatial_dims, channels) == (2, 3) else channels
+        eight_bit = all(form.eight_bit for form in files)
+        forms[pair.name] = replace(files[0], channels=channels, eight_bit=eight_bit)
     kinds = Counter(_kind_of(form) for form in forms.values())
     usual = max(kinds, key=lambda kind: (kinds[kind], kind), default=None)
     for pair in found.pairs:

@@ -306,7 +306,7 @@ def _nifti_values(path: str) -> tuple[np.ndarray, tuple[float, ...], np.ndarray 
         image = nib.as_closest_canonical(image)
         spatial = image.shape[:3]
     values = np.asanyarray(image.dataobj).reshape(*spatial, channels)
-    spacing = tuple(float(z) for z in image.header.get_zooms()[: len(spatial)])
+    spacing = tuple(float(z) if z > 0 else 1.0 for z in image.header.get_zooms()[: len(spatial)])
     if len(spatial) == 2:  # NIfTI's first axis runs along the rows
         return values.transpose(2, 1, 0), spacing[::-1], None
     return np.moveaxis(values, -1, 0), spacing, image.affine
