@@ -445,8 +445,8 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         dest="modes",
         type=lambda text: tuple(text.split(",")),
         metavar="M,M,...",
-        help="synthetic-only, pretrain, mix; pretrain brings synthetic-only with it, real only always runs "
-        "(default: synthetic-only,pretrain)",
+        help="synthetic-only, pretrain, mix, control (real data for as many steps as pretrain); control brings "
+        "pretrain, and that synthetic-only; real only always runs (default: synthetic-only,pretrain)",
     )
     add(
         "--test",

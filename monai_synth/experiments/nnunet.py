@@ -3,8 +3,8 @@
 
 Protocol of the text's Tables 5.1 to 5.6 [J-20 to J-25]: the real set plans for all sets; real only is trained in folds;
 synthetic only once per ratio; pretrain continues each of those on the real folds from all its weights; mix trains on
-the real fold and the synthetic subset together. Every network segments the same test images, which are scored at their
-native size.
+the real fold and the synthetic subset together. Since pretrain takes more steps than real only, control (not in the
+text) continues real only by as many. Every network segments the same test images, scored at their native size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from monai_synth.experiments import nnunet_sets as sets
 from monai_synth.experiments.nnunet_jobs import Markers, Outcome, Task, locked, run_tasks
 from monai_synth.experiments.nnunet_record import record_settings
 from monai_synth.experiments.nnunet_report import Row, write_results
-from monai_synth.experiments.nnunet_steps import PLANS
+from monai_synth.experiments.nnunet_steps import PLANS, TRAINER
 from monai_synth.export.subsets import subset_size, write_subset
 
-MODES = ("synthetic-only", "pretrain", "mix")
+MODES = ("synthetic-only", "pretrain", "control", "mix")
 MAX_RATIOS = 20
 COMPILE_FROM = 10_000  # steps; below it torch.compile costs more than it brings
 
@@ -53,7 +53,7 @@ class Settings:
         synthetic: nnU-Net raw dataset, or a folder that holds just one.
         out: folder of the experiment.
         ratios: percents of the number of real training cases.
-        modes: of ``MODES``; real only is always run, and pretrain brings synthetic-only with it.
+        modes: of ``MODES``; real only is always run, control brings pretrain, and pretrain synthetic-only.
         tests: further test sets, prepared datasets by name.
         preset: of ``PRESETS``.
         folds: folds of the real set.
@@ -198,7 +198,7 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     return outcome
 
 
-_FREE = ("device", "num_gpus", "num_processes", "fold_list")  # may differ when an experiment is resumed
+_FREE = ("device", "num_gpus", "num_processes", "fold_list", "patch_edge")  # may differ when it is resumed
 
 
 def _checked(settings: Settings) -> tuple[Settings, dict[str, Any]]:
@@ -210,7 +210,8 @@ def _checked(settings: Settings) -> tuple[Settings, dict[str, Any]]:
         raise UserError(f"preset {settings.preset!r}; allowed are {', '.join(PRESETS)}")
     if not settings.ratios or len(set(settings.ratios)) != len(settings.ratios) or len(settings.ratios) > MAX_RATIOS:
         raise UserError(f"ratios are {list(settings.ratios)}; give 1 to {MAX_RATIOS} different whole percents")
-    chosen = set(settings.modes) | ({"synthetic-only"} if "pretrain" in settings.modes else set())
+    chosen = set(settings.modes) | ({"pretrain"} if "control" in settings.modes else set())
+    chosen |= {"synthetic-only"} if "pretrain" in chosen else set()
     modes = tuple(mode for mode in MODES if mode in chosen)
     values: dict[str, Any] = {"batch_size": None, "patch_size": None, "num_features": None, "disable_tta": False}
     values |= {"num_processes": 2, "num_gpus": 1, "fold_list": None, "device": None} | PRESETS[settings.preset]
@@ -281,7 +282,7 @@ def _plan_values(values: Mapping[str, Any], num_dims: int) -> dict[str, Any]:
         patch = (values["patch_edge"][num_dims],) * num_dims
     if patch is not None and (len(patch) != num_dims or min(patch) < 8):
         raise UserError(f"patch size {list(patch)}; give {num_dims} lengths of 8 or more (--patch-size)")
-    return {"patch_size": None if patch is None else list(patch), "patch_edge": None}
+    return {"patch_size": None if patch is None else list(patch)}
 
 
 def _dataset_ids(settings: Settings) -> dict[str, int]:
@@ -332,13 +333,14 @@ def _tasks(
             tasks.append(Task(step["name"], "prepare", (step,), ("plan",), common))
 
     rows: dict[tuple[str, int | None], list[str]] = {}
+    checkpoints: dict[str, str] = {}
 
     def add(mode: str, ratio: int | None, seed: int, fold: int | str, weights_of: str | None = None) -> str:
         """One network: its training and its predictions in one process. Returns the task's name."""
         set_name = {"synthetic-only": f"Synthetic{ratio}", "mix": f"Mix{ratio}"}.get(mode, "Real")
         plans = PLANS if set_name == "Real" else moved
         name = f"seed{seed}_{mode}{'' if ratio is None else ratio}" + ("" if fold == "all" else f"_fold{fold}")
-        tuned = mode == "pretrain"
+        tuned = mode in ("pretrain", "control")
         length = values["finetune_epochs"] if tuned else values["epochs"]
         steps_in_all = length * values["iterations"]
         environment = common | {
@@ -353,9 +355,7 @@ def _tasks(
         }
         needs = ["plan" if set_name == "Real" else f"prepare_{set_name}"]
         if weights_of is not None:
-            source = out / "nnunet" / "results" / weights_of / f"Dataset{ids[f'Synthetic{ratio}']:03d}_Synthetic{ratio}"
-            trained = f"MonaiSynthTrainer__{moved}__{data.configuration}"
-            environment["MONAI_SYNTH_WEIGHTS"] = str(source / trained / "fold_all" / "checkpoint_final.pth")
+            environment["MONAI_SYNTH_WEIGHTS"] = checkpoints[weights_of]
             needs.append(weights_of)
         args = {
             "dataset_id": ids[set_name], "configuration": data.configuration, "fold": fold, "plans": plans,
@@ -372,20 +372,24 @@ def _tasks(
             steps.append({"name": f"{name}.{test.name}", "kind": "predict", "args": args | more})
         tasks.append(Task(name, mode, tuple(steps), tuple(needs), environment))
         rows.setdefault((mode, ratio), []).append(name)
+        trained = Path(environment["nnUNet_results"], f"Dataset{ids[set_name]:03d}_{set_name}")
+        trained = trained / f"{TRAINER}__{plans}__{data.configuration}" / f"fold_{fold}"
+        checkpoints[name] = str(trained / "checkpoint_final.pth")
         return name
 
     for seed in range(settings.num_seeds):
         for fold in values["fold_list"]:
-            add("real", None, seed, fold)
+            first = add("real", None, seed, fold)
+            if "control" in settings.modes:
+                add("control", None, seed, fold, first)
         for ratio in settings.ratios:
-            trained = add("synthetic-only", ratio, seed, "all") if "synthetic-only" in settings.modes else None
-            for mode in settings.modes:
-                for fold in values["fold_list"] if mode != "synthetic-only" else ():
-                    add(mode, ratio, seed, fold, trained if mode == "pretrain" else None)
-    order = {"real": 0, **{mode: k + 1 for k, mode in enumerate(MODES)}}
-    ordered = sorted(rows, key=lambda row: (order[row[0]], row[1] or 0))
-    steps_of = {
-        mode: values["iterations"] * (values["epochs"] + (values["finetune_epochs"] if mode == "pretrain" else 0))
-        for mode in order
-    }
-    return tasks, [Row(mode, ratio, tuple(rows[mode, ratio]), steps_of[mode]) for mode, ratio in ordered]
+            first = add("synthetic-only", ratio, seed, "all") if "synthetic-only" in settings.modes else None
+            for fold in values["fold_list"]:
+                if "pretrain" in settings.modes:
+                    add("pretrain", ratio, seed, fold, first)
+                if "mix" in settings.modes:
+                    add("mix", ratio, seed, fold)
+    short, long = (values["iterations"] * length for length in (values["epochs"], values["finetune_epochs"]))
+    steps = {"real": short, "control": short + long, "synthetic-only": short, "pretrain": short + long, "mix": short}
+    ordered = sorted(rows, key=lambda row: (list(steps).index(row[0]), row[1] or 0))
+    return tasks, [Row(mode, ratio, tuple(rows[mode, ratio]), steps[mode]) for mode, ratio in ordered]

@@ -27,6 +27,7 @@ from monai_synth.export.provenance import package_versions
 
 NAMES = {
     "real": "real only",
+    "control": "real, then real again",
     "synthetic-only": "synthetic only",
     "pretrain": "synthetic, then real",
     "mix": "real and synthetic mixed",
@@ -45,8 +46,8 @@ class Row:
     """One row of the tables.
 
     Attributes:
-        mode: "real", "synthetic-only", "pretrain" or "mix".
-        ratio: synthetic pairs in percent of the real training set; None for real only.
+        mode: "real", "control", "synthetic-only", "pretrain" or "mix".
+        ratio: synthetic pairs in percent of the real training set; None for real only and control.
         runs: names of its networks, one per seed and fold.
         num_steps: optimiser steps behind each network.
     """
@@ -120,7 +121,8 @@ def report_html(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         f"<p>{settings['num_real']} real training images, {settings['folds']} folds. Scores in percent with 95 % "
         f"intervals over the test images; differences are to real only on the same images. "
         f"{html.escape(content['recipe'])}</p>",
-        "<p>Every ratio is shown: the best of several, chosen on test images, would promise too much.</p>",
+        "<p>Every ratio is shown: the best of several, chosen on test images, would promise too much. Pretrained "
+        "networks saw more steps than real only; the row <i>real, then real again</i> (mode control) has as many.</p>",
     ]
     if content["failed"] or content["skipped"]:
         lines = [f"{name}: {text}" for name, text in content["failed"].items()]
@@ -208,7 +210,8 @@ def _scored(
 def _table(results: Sequence[Mapping[str, Any]], tests: Sequence[str], mode: str) -> str:
     head = "".join(f"<th colspan='4'>{html.escape(test)} (n = {_images(results, test)})</th>" for test in tests)
     second = "<th>mDice</th><th>difference</th><th>mIoU</th><th>difference</th>" * len(tests)
-    keys = list(dict.fromkeys((e["mode"], e["ratio"]) for e in results if e["mode"] in ("real", mode)))
+    shown = ("real", "control", mode) if mode == "pretrain" else ("real", mode)
+    keys = list(dict.fromkeys((e["mode"], e["ratio"]) for e in results if e["mode"] in shown))
     body = []
     for key in keys:
         cells = []
@@ -240,7 +243,8 @@ def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, metric in zip(figure.subplots(1, 2), ("mDice", "mIoU"), strict=True):
-        for mode, colour in zip(CAPTIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+        span = max((e["ratio"] or 0 for e in results), default=0)
+        for k, (mode, colour) in enumerate(zip(CAPTIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True)):
             entries = [e for e in results if e["test"] == test and e["mode"] == mode]
             entries = [e for e in entries if e["numbers"][metric]["value"] is not None]
             if not entries:
@@ -248,14 +252,15 @@ def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
             y = np.array([100 * e["numbers"][metric]["value"] for e in entries])
             edges = np.array([e["numbers"][metric]["ci"] or [e["numbers"][metric]["value"]] * 2 for e in entries]) * 100
             axes.errorbar(
-                [e["ratio"] for e in entries], y, np.maximum(0, [y - edges[:, 0], edges[:, 1] - y]),
+                [e["ratio"] + (k - 1) * span / 100 for e in entries], y, np.maximum(0, [y - edges[:, 0], edges[:, 1] - y]),
                 marker="o", capsize=3, color=colour, label=NAMES[mode],
             )  # fmt: skip
-        real = next((e["numbers"][metric] for e in results if e["test"] == test and e["mode"] == "real"), None)
-        if real is not None and real["value"] is not None:
-            axes.axhline(100 * real["value"], linestyle="--", color="black", label=NAMES["real"])
-            if real["ci"]:
-                axes.axhspan(100 * real["ci"][0], 100 * real["ci"][1], color="black", alpha=0.08)
+        for mode, style in (("real", "--"), ("control", ":")):
+            line = next((e["numbers"][metric] for e in results if (e["test"], e["mode"]) == (test, mode)), None)
+            if line is not None and line["value"] is not None:
+                axes.axhline(100 * line["value"], linestyle=style, color="black", label=NAMES[mode])
+                if line["ci"] and mode == "real":
+                    axes.axhspan(100 * line["ci"][0], 100 * line["ci"][1], color="black", alpha=0.08)
         axes.set(xlabel="synthetic pairs, % of the real training set", ylabel=f"{metric}, %")
         axes.legend(fontsize=7)
     buffer = io.BytesIO()
