@@ -12,7 +12,7 @@ Timesteps run from 0 (least noise) to T - 1. Tables are computed and kept in flo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,40 @@ def predicted_x_0(
     return abar.sqrt().to(x_t) * x_t - (1 - abar).sqrt().to(x_t) * prediction
 
 
+def clipped_prediction(
+    schedule: Schedule,
+    prediction: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    value_range: Sequence[float],
+    *,
+    table: Tensor | None = None,
+) -> Tensor:
+    """The prediction whose :func:`predicted_x_0` is clipped to a range; where that is within it, no bit changes.
+
+    Args:
+        schedule: the description; its ``prediction_type`` decides.
+        prediction: of the network (B, ...), without a variance.
+        x_t: noisy data, of the same shape.
+        t: timesteps (B,).
+        value_range: lowest and highest value.
+        table: :func:`alphas_cumprod` of the schedule, where it is at hand.
+
+    Returns:
+        Prediction, of the shape of x_t.
+    """
+    table = _table(schedule if table is None else table)
+    x_0 = predicted_x_0(schedule, prediction, x_t, t, table=table)
+    change = x_0.clamp(*value_range) - x_0
+    kind = schedule.get("prediction_type", "epsilon")
+    if kind == "sample":
+        return prediction + change
+    # x_t stays, so a change of x_0 changes eps by -sqrt(abar / (1 - abar)), v by -sqrt(1 / (1 - abar)) as much.
+    abar = table.to(t.device)[t].view(-1, *[1] * (x_t.ndim - 1))
+    factor = abar / (1 - abar) if kind == "epsilon" else 1 / (1 - abar)
+    return prediction - factor.sqrt().to(x_t) * change
+
+
 def step_variance(schedule: Schedule | Tensor, t: int, t_prev: int) -> float:
     """Variance of x_{t_prev} given x_t and x_0: what the ancestral sampler adds in the step from t to t_prev.
 
@@ -170,10 +204,10 @@ def sampling_timesteps(schedule: Schedule | Tensor, num_steps: int) -> list[int]
     return np.maximum(steps, num_steps - 1 - order).tolist()
 
 
-def make_sampler(name: str, schedule: Schedule, num_steps: int) -> SchedulerMixin:
+def make_sampler(name: str, schedule: Schedule, num_steps: int, *, learned_variance: bool = False) -> SchedulerMixin:
     """A diffusers scheduler for one of our samplers, with its timesteps set.
 
-    None clips the predicted data: latents have no bounds.
+    None clips the predicted data: latents have no bounds, and data that have are clipped in the denoiser.
 
     Args:
         name: "ddpm" is ancestral sampling with the posterior variance of the shortened chain (LSDM thesis, Eq
@@ -182,6 +216,9 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int) -> SchedulerMixi
             "unipc" is UniPC, both of second order and deterministic.
         schedule: the description of the noise schedule.
         num_steps: calls of the network, 1 to T.
+        learned_variance: "ddpm" takes its variance from the second half of the denoiser's output, between beta
+            tilde (-1) and beta (1) of the shortened chain in the logarithm (JDM thesis, Eq 2.17). The other samplers
+            have no variance.
 
     Returns:
         The scheduler, for :func:`monai_synth.inference.sampler.sample`.
@@ -193,7 +230,9 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int) -> SchedulerMixi
     timesteps = sampling_timesteps(table, num_steps)
     options: dict[str, Any] = {key: schedule[key] for key in _KEYS if key in schedule}
     if name == "ddpm":
-        scheduler = DDPMScheduler(**options, variance_type="fixed_small", clip_sample=False)
+        # The step to the data adds no noise, but diffusers adds it to all that do not start at timestep 0.
+        variance = "learned_range" if learned_variance and num_steps > 1 else "fixed_small"
+        scheduler = DDPMScheduler(**options, variance_type=variance, clip_sample=False)
         scheduler.set_timesteps(timesteps=timesteps)
     elif name in ("ddim", "dpm++"):
         scheduler = DPMSolverMultistepScheduler(**options, solver_order=1 if name == "ddim" else 2)

@@ -11,22 +11,31 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_synth.diffusion.schedules import step_variance
+from monai_synth.errors import UserError
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) long) -> what the network predicts, as x_t
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) long) -> what the network predicts
 Guidance = Callable[[Tensor, int, float], Tensor]  # (x_t, t, variance) -> gradient of log p with respect to x_t
 Replace = Callable[[Tensor, int], Tensor]  # (x_{t_prev}, t_prev) -> x_{t_prev}
 Callback = Callable[[int, int, Tensor], None]  # (number of the step, t_prev, x_{t_prev})
 
 
 def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One random generator for each seed, on the CPU."""
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    """One random generator for each seed, on the CPU.
+
+    PyTorch's generator there sees only the low 32 bits of its seed, so larger seeds are hashed into them.
+    """
+    return [torch.Generator().manual_seed(_within_32_bits(int(seed))) for seed in seeds]
+
+
+def _within_32_bits(seed: int) -> int:
+    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def initial_noise(
@@ -47,6 +56,13 @@ def initial_noise(
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
 
 
+def noise_like(x: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Standard normal noise of the shape of x (B, C, *S), by one generator for each sample or by torch's global one."""
+    if generators is None:
+        return torch.randn_like(x)
+    return initial_noise(x.shape[1:], generators, x.device).to(x.dtype)
+
+
 def sample(
     denoiser: Denoiser,
     x_T: Tensor,
@@ -55,6 +71,7 @@ def sample(
     guidance: Guidance | None = None,
     replace: Replace | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    resample: int = 1,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -67,7 +84,8 @@ def sample(
 
     Args:
         denoiser: network with its conditions bound: ``(x_t, t)`` with t (B,) long gives what the schedule's
-            ``prediction_type`` names, in the shape of x_t. It runs without gradients.
+            ``prediction_type`` names, in the shape of x_t; with v as further C channels if the scheduler was made
+            for a learned variance. It runs without gradients.
         x_T: noise (B, C, *S), see :func:`initial_noise`.
         scheduler: see :func:`monai_synth.diffusion.make_sampler`. It is copied, so that it can be used again.
         guidance: ``(x_t, t, variance)`` gives the gradient of a log-probability with respect to x_t, already
@@ -77,6 +95,9 @@ def sample(
             noise of t_prev; t_prev is -1 after the last step.
         generators: one for each sample, for the noise of the ancestral sampler; without them torch's global
             one.
+        resample: how often each step but the last is walked. From the second time on it starts from the result of the
+            time before, diffused back to t, so that replaced and sampled parts come to agree (RePaint, Lugmayr et
+            al. 2022, Alg 1). Only for "ddpm": the other samplers remember their steps.
         progress: show a progress bar.
         callback: called with the number of the step, t_prev and x after each step.
 
@@ -84,6 +105,7 @@ def sample(
         x_0 (B, C, *S).
 
     Raises:
+        UserError: if ``resample`` is below 1, or above 1 with a sampler other than "ddpm".
         ValueError: if the scheduler has been stepped before, or the numbers of generators and samples differ.
     """
     if getattr(scheduler, "step_index", None) is not None:
@@ -94,6 +116,13 @@ def sample(
         raise ValueError(msg)
     scheduler = copy.deepcopy(scheduler)
     is_ancestral = isinstance(scheduler, DDPMScheduler)
+    if isinstance(resample, bool) or int(resample) != resample or resample < 1:
+        raise UserError(f"resample is {resample!r}; allowed are whole numbers from 1, which walks each step once")
+    if resample > 1 and not is_ancestral:
+        msg = (
+            f"resample is {resample}, but the sampler remembers its steps and cannot repeat one; use ddpm or resample 1"
+        )
+        raise UserError(msg)
     step_options = {"generator": list(generators)} if is_ancestral and generators is not None else {}
     timesteps = scheduler.timesteps.tolist()
     steps = zip(timesteps, [*timesteps[1:], -1], strict=True)
@@ -102,18 +131,22 @@ def sample(
     with torch.inference_mode(False), torch.no_grad():
         x = x_T.clone()
         for number, (t, t_prev) in enumerate(tqdm(steps, total=len(timesteps), disable=not progress)):
-            output = denoiser(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
-            gradient = None
-            variance = step_variance(scheduler.alphas_cumprod, t, t_prev)
-            if guidance is not None:
-                gradient = guidance(x, t, variance)
-                if not is_ancestral:
-                    output = _shift_score(output, gradient, t, scheduler)
-            x = scheduler.step(output, t, x, return_dict=False, **step_options)[0]
-            if gradient is not None and is_ancestral:
-                x = x + variance * gradient
-            if replace is not None:
-                x = replace(x, t_prev)
+            for repeat in range(resample if t_prev >= 0 else 1):
+                if repeat > 0:
+                    kept = float(scheduler.alphas_cumprod[t] / scheduler.alphas_cumprod[t_prev])
+                    x = math.sqrt(kept) * x + math.sqrt(1 - kept) * noise_like(x, generators)
+                output = denoiser(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+                gradient = None
+                variance = step_variance(scheduler.alphas_cumprod, t, t_prev)
+                if guidance is not None:
+                    gradient = guidance(x, t, variance)
+                    if not is_ancestral:
+                        output = _shift_score(output, gradient, t, scheduler)
+                x = scheduler.step(output, t, x, return_dict=False, **step_options)[0]
+                if gradient is not None and is_ancestral:
+                    x = x + variance * gradient
+                if replace is not None:
+                    x = replace(x, t_prev)
             if callback is not None:
                 callback(number, t_prev, x)
     return x
