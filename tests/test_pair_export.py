@@ -26,6 +26,7 @@ from monai_synth.inference.pairs import (
     PairSamplingPrepareBatch,
     collate_pairs,
 )
+from monai_synth.inference.sampler import make_generators
 
 LABELS = {"background": 0, "nucleus": 1}
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -55,10 +56,15 @@ class SeededPairs:
         x_0 = to_joint(image, label, self.labels, self.value_range)
         if is_known is not None:
             x_0 = torch.where(is_known, known, x_0)
-        return {"x_0": x_0, "std": torch.full_like(x_0, 0.1)}
+        low, high = self.value_range
+        soft = torch.where(x_0 == high, low + 0.8 * (high - low), x_0)  # an ensemble's mean, not all members agree
+        return {
+            "x_0": torch.cat([x_0[:, : self.channels], soft[:, self.channels :]], 1),
+            "std": torch.full_like(x_0, 0.1),
+        }
 
     def _pair(self, seed: int, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = torch.Generator().manual_seed(seed)
+        (rng,) = make_generators([seed])
         image = torch.randint(0, 256, (self.channels, *size), dtype=torch.uint8, generator=rng)
         label = torch.randint(0, self.labels, tuple(size), generator=rng)
         label[(0,) * len(size)], label[(-1,) * len(size)] = 0, 1
@@ -177,6 +183,22 @@ def test_nnunet_reads_back_the_channels_and_labels_that_were_sampled(tmp_path: P
 
 
 # ------------------------------------------------------------------ refusals
+
+
+def test_a_case_that_lacks_a_channel_is_made_again_and_dropped_by_finish(tmp_path: Path) -> None:
+    run = Run(tmp_path, "channels", num_samples=3)
+    path = run()
+    whole = content(path)
+    run.export.writer.image_path("jdm_000006", 1).unlink()
+    assert run.export.writer.cases() == ["jdm_000005", "jdm_000007"]
+    again = Run(tmp_path, "channels", num_samples=3)
+    assert [item["case_id"] for item in again.dataset.data] == ["jdm_000006"]
+    again()
+    assert content(path) == whole
+    run.export.writer.image_path("jdm_000006", 1).unlink()
+    run.export.writer.finish()
+    assert not run.export.writer.image_path("jdm_000006").exists()
+    assert json.loads((path / "dataset.json").read_text())["numTraining"] == 2
 
 
 def test_refused_pairs_are_replaced_counted_and_declared(tmp_path: Path) -> None:
@@ -317,7 +339,7 @@ def test_an_ensembles_mean_and_spread_lie_beside_the_dataset(tmp_path: Path, fla
     names = {f"a_s000005_{kind}{end}{ending}" for kind in ("mean", "std") for end in ends}
     assert {p.name for p in (path / "ensemble").iterdir()} == names
     label = run.inferer._pair(5, run.dataset.image_size)[1].numpy()
-    for kind, expected in (("mean", 255 * (label == 1)), ("std", np.full(label.shape, round(0.05 * 255)))):
+    for kind, expected in (("mean", 204 * (label == 1)), ("std", np.full(label.shape, round(0.05 * 255)))):
         file = path / "ensemble" / f"a_s000005_{kind}{ends[0]}{ending}"
         array = np.asarray(Image.open(file)) if ending == ".png" else np.asarray(nib.load(file).dataobj)
         np.testing.assert_array_equal(array, expected)

@@ -96,7 +96,7 @@ def test_a_retry_keeps_the_refused_pairs_with_the_seed_of_their_next_attempt() -
 
 
 def test_every_attempt_draws_other_noise() -> None:
-    # PyTorch's CPU generator takes the lowest 32 bits of a seed only
+    # PyTorch's CPU generator alone takes the lowest 32 bits of a seed only
     seeds = [seed + attempt * SEEDS_PER_ATTEMPT for seed in (0, 7, 2**24 - 1) for attempt in (0, 1, 2, 255)]
     noise = torch.stack([torch.randn(4, generator=g) for g in make_generators(seeds)])
     assert len(torch.unique(noise, dim=0)) == len(seeds)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 FILTERS = {"min_foreground": 0.0, "max_foreground": 1.0}
 FILTERED = (None, "region")  # conditions under which the model makes the mask that is trained on
-MOST_ATTEMPTS = 256
+MOST_ATTEMPTS = 256  # more would reach the seeds of an ensemble's members
 DEFAULT_SAMPLES = 32
 
 

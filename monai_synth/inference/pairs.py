@@ -20,7 +20,7 @@ from monai_synth.errors import UserError
 from monai_synth.inference.cases import MAP_ENDINGS, read_label_file
 
 CONDITIONS = (None, "mask", "image", "region")
-SEEDS_PER_ATTEMPT = 2**24  # 256 attempts fit into the 32 bits of a seed that PyTorch's CPU generator takes
+SEEDS_PER_ATTEMPT = 2**32  # attempt a takes seed + a times this; an ensemble's members are 2**40 apart
 
 _NEEDS = {None: (), "mask": ("label",), "image": ("image",), "region": ("image", "label")}
 _OPTIONS = {"label": "masks", "image": "images"}
