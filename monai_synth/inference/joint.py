@@ -37,9 +37,13 @@ class JointInferer(Inferer):
         sampler: "ddpm", "ddim", "dpm++" or "unipc".
         num_steps: calls of the network, 1 to T.
         clip: keep each predicted x_0 within the range, as the thesis' code does.
-        resample: times that each step is walked (RePaint); more than 1 needs "ddpm".
-        gradient_scale: of the gradient correction of what is sampled beside known parts; 0 is pure replacement.
-        known_noise: see :class:`KnownPart`; None takes "fresh" for "ddpm" and "fixed" for the deterministic samplers.
+        resample: times that each step is walked (RePaint), at as many times the cost; more than 1 needs "ddpm". It
+            brings what is sampled beside known parts closer to the true conditional.
+        gradient_scale: of the gradient correction of what is sampled beside known parts; 0 is pure replacement. Known
+            entries that depend on each other are counted as if they did not, so 1 fits a single one; with many, values
+            near 0.1 help and larger ones overshoot.
+        known_noise: see :class:`KnownPart`. None takes "fresh": where the true conditional is known (jointly Gaussian
+            data), every sampler comes as close to it as with "fixed" or closer.
         num_ensemble: samples whose mean and standard deviation are given. They are made one after the other, so
             memory is that of the batch.
 
@@ -74,14 +78,13 @@ class JointInferer(Inferer):
         if known_noise not in (None, *KNOWN_NOISES):
             raise UserError(f"known_noise is {known_noise!r}; allowed are {', '.join(KNOWN_NOISES)}, or none given")
         self.schedule = dict(schedule)
-        self.prediction_type = self.schedule.get("prediction_type", "epsilon")
         self.value_range = check_value_range(value_range)
         self.learned_variance = learned_variance
         self.sampler, self.num_steps = sampler, num_steps
         self.clip = clip
         self.resample = resample
         self.gradient_scale = float(gradient_scale)
-        self.known_noise = known_noise or ("fresh" if sampler == "ddpm" else "fixed")
+        self.known_noise = known_noise or "fresh"
         self.num_ensemble = num_ensemble
         self.alphas_cumprod = alphas_cumprod(schedule)
         self._scheduler()  # refuse wrong settings before any work
@@ -106,7 +109,9 @@ class JointInferer(Inferer):
         """
         with torch.inference_mode(False), torch.no_grad():
             if is_known is not None:
-                known = torch.where(is_known, known, 0)
+                # Tensors made in inference mode can never take part in a gradient.
+                is_known = is_known.clone()
+                known = torch.where(is_known, known.clone(), 0)
             mean = squares = torch.zeros_like(known)
             for member in range(self.num_ensemble):
                 seeds_of_member = [int(seed) + member * SEEDS_PER_MEMBER for seed in seeds]
