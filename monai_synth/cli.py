@@ -489,7 +489,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         ("--batch-size", int, "images per step; 1 or more (default: nnU-Net's plan)"),
         ("--num-features", int, "channels of the network's first level; 1 or more (default: 32)"),
         ("--num-gpus", int, "jobs at a time, one per GPU; 1 or more (default: 1)"),
-        ("--num-processes", int, "of nnU-Net per job; 1 or more (default: 2)"),
+        ("--num-processes", int, "of nnU-Net per job; 1 or more (default: 2, up to 8 beside a GPU)"),
         ("--dataset-id", int, "nnU-Net's number of the real set in OUT; 1 to 950 (default: 501)"),
     ):
         add(option, type=kind, metavar="N" if kind is int else "F", help=text)

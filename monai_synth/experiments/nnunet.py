@@ -58,7 +58,8 @@ class Settings:
         preset: of ``PRESETS``.
         folds: folds of the real set.
         fold_list: those that are run. Default: all.
-        num_seeds: repetitions with other initial weights and another order of data.
+        num_seeds: repetitions with other initial weights and another order of data. A seed gives the same network
+            again where one process loads the data; nnU-Net's own loading processes draw as they like.
         image_size: (*S) of all images that nnU-Net sees; () keeps real images as they are. None: that of the
             synthetic set.
         epochs, iterations, val_iterations, lr: of every training from scratch.
@@ -66,7 +67,7 @@ class Settings:
         batch_size, patch_size, num_features: instead of those in the real set's plans.
         device: "cpu" or "cuda". None: a GPU where there is one.
         num_gpus: jobs at a time, one per GPU.
-        num_processes: of nnU-Net's preprocessing and data loading, per job.
+        num_processes: of nnU-Net's preprocessing and data loading, per job. None: 2, and more beside a GPU.
         disable_tta: predict without mirrored images.
         show_real: put real test images into the report.
         dataset_id: of the real set; synthetic sets are 10, mixed ones 30 higher and more.
@@ -214,10 +215,14 @@ def _checked(settings: Settings) -> tuple[Settings, dict[str, Any]]:
     chosen |= {"synthetic-only"} if "pretrain" in chosen else set()
     modes = tuple(mode for mode in MODES if mode in chosen)
     values: dict[str, Any] = {"batch_size": None, "patch_size": None, "num_features": None, "disable_tta": False}
-    values |= {"num_processes": 2, "num_gpus": 1, "fold_list": None, "device": None} | PRESETS[settings.preset]
+    values |= {"num_processes": None, "num_gpus": 1, "fold_list": None, "device": None} | PRESETS[settings.preset]
     given = {key: value for key, value in asdict(settings).items() if key in values and value is not None}
     values |= given
     values["fold_list"] = tuple(values["fold_list"] if values["fold_list"] is not None else range(settings.folds))
+    values |= _device(values["device"], values["num_gpus"])
+    if values["num_processes"] is None:
+        share = (os.cpu_count() or 1) // max(1, values["num_gpus"])
+        values["num_processes"] = 2 if values["device"] == "cpu" else max(2, min(8, share))
     for key in ("epochs", "iterations", "val_iterations", "finetune_epochs", "num_gpus", "num_processes"):
         if values[key] < 1:
             raise UserError(f"{key} is {values[key]}; 1 or more is needed (--{key.replace('_', '-')})")
@@ -233,7 +238,6 @@ def _checked(settings: Settings) -> tuple[Settings, dict[str, Any]]:
     if wrong or not values["fold_list"]:
         msg = f"fold list {list(values['fold_list'])} of {settings.folds} folds; allowed are 0 to {settings.folds - 1}"
         raise UserError(msg)
-    values |= _device(values["device"], values["num_gpus"])
     return Settings(**{**asdict(settings), "modes": modes}), values
 
 
@@ -350,12 +354,12 @@ def _tasks(
             "MONAI_SYNTH_VAL_ITERATIONS": str(values["val_iterations"]),
             "MONAI_SYNTH_LR": str(values["finetune_lr"] if tuned else values["lr"]),
             "MONAI_SYNTH_SEED": str(seed),
+            "MONAI_SYNTH_WEIGHTS": "" if weights_of is None else checkpoints[weights_of],
             "nnUNet_n_proc_DA": str(0 if values["num_processes"] == 1 else values["num_processes"]),
             "nnUNet_compile": "t" if values["device"] == "cuda" and steps_in_all >= COMPILE_FROM else "f",
         }
         needs = ["plan" if set_name == "Real" else f"prepare_{set_name}"]
         if weights_of is not None:
-            environment["MONAI_SYNTH_WEIGHTS"] = checkpoints[weights_of]
             needs.append(weights_of)
         args = {
             "dataset_id": ids[set_name], "configuration": data.configuration, "fold": fold, "plans": plans,

@@ -251,8 +251,9 @@ def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
                 continue
             y = np.array([100 * e["numbers"][metric]["value"] for e in entries])
             edges = np.array([e["numbers"][metric]["ci"] or [e["numbers"][metric]["value"]] * 2 for e in entries]) * 100
+            x = [e["ratio"] + (k - 1) * span / 100 for e in entries]  # side by side
             axes.errorbar(
-                [e["ratio"] + (k - 1) * span / 100 for e in entries], y, np.maximum(0, [y - edges[:, 0], edges[:, 1] - y]),
+                x, y, np.maximum(0, [y - edges[:, 0], edges[:, 1] - y]),
                 marker="o", capsize=3, color=colour, label=NAMES[mode],
             )  # fmt: skip
         for mode, style in (("real", "--"), ("control", ":")):
