@@ -176,6 +176,22 @@ class TestGivenParts:
         second = inferer(1 - known, network, is_known=is_known, seeds=[0])["x_0"]
         assert (first - second)[:, :3].abs().max() > 0.01
 
+    def test_fresh_noise_of_the_known_part_repeats_neither_the_start_nor_the_sampler_s_noise(self, network):
+        known, is_known = given(1)
+        states = []
+
+        def watched(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            abar = ABAR[int(t[0])]
+            states.append(((x - math.sqrt(abar) * known) / math.sqrt(1 - abar))[is_known])
+            return network(x, t)
+
+        JointInferer(LINEAR, sampler="ddpm", num_steps=4)(known, watched, is_known=is_known, seeds=[0])
+        generator = make_generators([0])[0]  # draws what the start and the sampler's steps draw
+        drawn = [torch.randn(1, 4, 8, 8, generator=generator)[is_known] for _ in range(5)]
+        torch.testing.assert_close(states[0], drawn[0], rtol=1e-4, atol=1e-4)
+        for eps in states[1:]:
+            assert all((eps - other).abs().mean() > 0.5 for other in drawn)
+
     def test_no_gradient_is_computed_without_its_scale(self, network):
         known, is_known = given(1)
         modes = []
