@@ -85,7 +85,7 @@ def places_of(trained: dict[str, str]) -> dict[str, str]:
 
 def sample(trained: dict[str, str], out: Path, config: str | list[str] = "inference.json", **values: Any) -> Path:
     # an untrained model paints the middle of the range: what it paints is not judged here
-    values = {"num_samples": 5, "batch_size": 4, "num_steps": 3, "device": "cpu", "max_attempts": 1000} | values
+    values = {"num_samples": 5, "batch_size": 4, "num_steps": 3, "device": "cpu", "max_attempts": 256} | values
     run("jdm", config, "infer", "run", **places_of(trained), output_dir=str(out), **values)
     return out / "Dataset910_JDM"
 
@@ -234,7 +234,7 @@ def test_a_stopped_sampling_goes_on_to_the_same_files(trained: dict[str, str], t
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_bad_requests_end_in_one_message(trained: dict[str, str], tmp_path: Path, values: dict, message: str) -> None:
-    base = {"num_samples": 1, "num_steps": 2, "device": "cpu", "max_attempts": 1000} | places_of(trained)
+    base = {"num_samples": 1, "num_steps": 2, "device": "cpu", "max_attempts": 256} | places_of(trained)
     made = workflow("jdm", "inference.json", "infer", "run", **(base | {"output_dir": str(tmp_path / "out")} | values))
     assert message in str(user_error(lambda: (made.initialize(), made.run())))
 
@@ -273,7 +273,7 @@ def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) 
     for config, ids, values in (
         ("train.json", ["training"], TINY | {"output_dir": str(tmp_path / "eval")}),
         ("inference.json", [], {"num_samples": 5, "num_steps": 2, "output_dir": str(tmp_path / "out"),
-                                "max_attempts": 1000}),
+                                "max_attempts": 256}),
     ):  # fmt: skip
         files = str([str(CONFIGS / n) for n in (config, "multi_gpu_train.json")])
         done = subprocess.run(
