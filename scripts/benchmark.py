@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of what users wait for, measured side by side in one run.
 
-    python scripts/benchmark.py                         # SPADE cache, solvers, phantom import
+    python scripts/benchmark.py                         # SPADE cache, joint U-Net beside that of diffusers
     python scripts/benchmark.py --lidc FOLDER           # import of a real series
     python scripts/benchmark.py --xml-zip FILE          # parsing of LIDC XML files
-    python scripts/benchmark.py --first-command         # the README's first command, all stages (minutes)
+    python scripts/benchmark.py --pairs FOLDER LABEL    # import of SRC/images and SRC/masks
+    python scripts/benchmark.py --first-command lsdm    # train.json of a bundle on its phantom (minutes)
 
-Times are process times (all threads of this process and of its children), medians of interleaved rounds; on a
-shared machine quote ratios. Nothing here is a test: machines differ.
+Times are process times (all threads of this process and of its children), on a GPU with the wait for it, medians of
+interleaved rounds; on a shared machine quote ratios. Nothing here is a test: machines differ.
 """
 
 from __future__ import annotations
@@ -86,6 +87,61 @@ def spade_cache(preset: str, batch: int) -> None:
     )
 
 
+def joint_unet(base_channels: int, size: int, batch: int, *, device: str) -> None:
+    """The network of Table 4.1 at a width and size beside diffusers' of the same shape: sampling and training step."""
+    from diffusers import UNet2DModel
+
+    from monai_synth.networks import JointUNet
+
+    mult, attention = (1, 1, 2, 2, 4, 4), (size // 16, size // 32)
+    groups = min(32, base_channels)
+    ours = JointUNet(
+        2, 3, 1, (size, size), base_channels=base_channels, channel_mult=mult, attention_resolutions=attention,
+        norm_num_groups=groups, time_scale_shift=False,
+    )  # fmt: skip
+    down = ["AttnDownBlock2D" if size // 2**i in attention else "DownBlock2D" for i in range(len(mult))]
+    other = UNet2DModel(
+        sample_size=size, in_channels=4, out_channels=8, layers_per_block=2, norm_num_groups=groups,
+        block_out_channels=[base_channels * m for m in mult], down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in reversed(down)], attention_head_dim=base_channels,
+    )  # fmt: skip
+    x, t = torch.randn(batch, 4, size, size, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    networks = {"ours": ours.to(device), "diffusers": other.to(device)}
+    optimizers = {k: torch.optim.AdamW(n.parameters(), fused=True) for k, n in networks.items()}
+
+    def call(name: str) -> torch.Tensor:
+        out = networks[name](x, t)
+        return out if name == "ours" else out.sample
+
+    def infer(name: str) -> float:
+        with torch.no_grad():
+            return float(call(name).sum())  # waits for the device
+
+    def train(name: str) -> None:
+        call(name).square().mean().backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        float(x[0, 0, 0, 0])
+
+    sizes = {k: sum(p.numel() for p in n.parameters()) / 1e6 for k, n in networks.items()}
+    for what, action in (("call", infer), ("training step", train)):
+        times = interleaved({k: (lambda k=k, action=action: action(k)) for k in networks})
+        print(
+            f"joint U-Net base {base_channels}, {size} x {size}, batch {batch}, {device}, {what}: ours "
+            f"{times['ours']:.3f} s ({sizes['ours']:.2f} M), diffusers {times['diffusers']:.3f} s "
+            f"({sizes['diffusers']:.2f} M), ratio {times['ours'] / times['diffusers']:.2f}"
+        )
+
+
+def pairs_import(source: Path, label: str) -> None:
+    """``prepare pairs`` in a process of its own, with the machine's default number of workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        start, wall = cpu_seconds(), time.monotonic()
+        command = [sys.executable, "-m", "monai_synth", "prepare", "pairs", str(source), f"{folder}/out"]
+        subprocess.run([*command, "--labels", label], check=True, stdout=subprocess.DEVNULL)
+        print(f"prepare pairs {source.name}: {cpu_seconds() - start:.1f} CPU s, {time.monotonic() - wall:.1f} s wall")
+
+
 def lidc_import(source: Path) -> None:
     """``prepare lidc`` in a process of its own, with the machine's default number of workers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,12 +164,12 @@ def xml_parsing(archive: Path) -> None:
         print(f"LIDC XML: {len(files)} files in {cpu_seconds() - start:.1f} CPU s")
 
 
-def first_command() -> None:
-    """The README's first command in an empty place: wall time, CPU time and the largest process."""
+def first_command(bundle: str) -> None:
+    """A bundle's training on its phantom in an empty place: wall time, CPU time and the largest process."""
     with tempfile.TemporaryDirectory() as folder:
         places = {"phantom_dir": "phantom", "ckpt_dir": "models", "latest_dir": "models", "output_dir": "eval"}
         options = [part for key, value in places.items() for part in (f"--{key}", f"{folder}/{value}")]
-        config = str(ROOT / "bundles" / "lsdm" / "configs" / "train.json")
+        config = str(ROOT / "bundles" / bundle / "configs" / "train.json")
         start, wall = cpu_seconds(), time.monotonic()
         subprocess.run(
             [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", config, *options],
@@ -121,14 +177,17 @@ def first_command() -> None:
         )  # fmt: skip
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         seconds = time.monotonic() - wall
-        print(f"first command: {seconds:.0f} s wall, {cpu_seconds() - start:.0f} CPU s, largest process {peak:.2f} GiB")
+        used = f"{cpu_seconds() - start:.0f} CPU s, largest process {peak:.2f} GiB"
+        print(f"{bundle} on its phantom: {seconds:.0f} s wall, {used}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lidc", type=Path, help="folder with a LIDC series to import")
     parser.add_argument("--xml-zip", type=Path, help="zip of LIDC XML files to parse")
-    parser.add_argument("--first-command", action="store_true", help="run the README's first command")
+    parser.add_argument("--pairs", nargs=2, metavar=("FOLDER", "LABEL"), help="images and masks to import")
+    parser.add_argument("--first-command", metavar="BUNDLE", help="train a bundle on its phantom: lsdm or jdm")
+    parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if arguments.lidc:
@@ -136,10 +195,15 @@ def main() -> None:
     if arguments.xml_zip:
         xml_parsing(arguments.xml_zip)
     if arguments.first_command:
-        first_command()
-    if not (arguments.lidc or arguments.xml_zip or arguments.first_command):
+        first_command(arguments.first_command)
+    if arguments.pairs:
+        pairs_import(Path(arguments.pairs[0]), arguments.pairs[1])
+    if not (arguments.lidc or arguments.xml_zip or arguments.pairs or arguments.first_command):
         spade_cache("demo", 8)
         spade_cache("paper-quarter", 1)
+        joint_unet(32, 64, 4, device=arguments.device)
+        if arguments.device != "cpu":
+            joint_unet(128, 256, 10, device=arguments.device)
 
 
 if __name__ == "__main__":
