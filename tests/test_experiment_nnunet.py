@@ -75,6 +75,15 @@ def test_3d_real_set_keeps_the_extent_in_millimetres_when_resized(tmp_path):
     np.testing.assert_allclose(image.header.get_zooms(), (1.0, 20 / 16, 12 / 16), rtol=1e-6)
 
 
+def test_nnunet_reads_3d_test_images_with_axes_in_reverse(tmp_path):
+    reader = pytest.importorskip("nnunetv2.imageio.simpleitk_reader_writer").SimpleITKIO()
+    dataset = read_dataset(write_prepared(tmp_path / "real", splits={"test": 1}, shape=(5, 6, 7), channels=1))
+    test = sets.write_test("t", dataset, sets.test_cases(dataset, all_if_empty=False), tmp_path / "t", None)
+    read, _ = reader.read_images(test.cases[0]["images"])
+    original = read_image(test.cases[0]["original"])
+    np.testing.assert_array_equal(read[0].transpose(2, 1, 0), original[0])  # as predictions are turned back
+
+
 def test_a_further_test_set_without_test_split_gives_all_its_cases(tmp_path):
     dataset = read_dataset(write_prepared(tmp_path / "other", splits={"training": 2, "validation": 1}))
     assert len(sets.test_cases(dataset, all_if_empty=True)) == 3
@@ -293,6 +302,8 @@ import json, sys, time, os, signal
 job = json.load(open(sys.argv[1]))
 for step in job["steps"]:
     marker = os.path.join(job["markers"], step["name"] + ".json")
+    with open(sys.argv[2] + ".pid", "w") as file:
+        file.write(str(os.getpid()))
     with open(sys.argv[2], "a") as file:
         file.write(step["name"] + " " + os.environ.get("SLOT", "-") + "\\n")
     if step["kind"] == "fail":
@@ -354,6 +365,14 @@ def test_jobs_share_the_slots_and_see_their_own_gpu(tmp_path):
     assert {slot for _, slot in ran} == {"0", "1"}
 
 
+def test_a_job_file_holds_all_that_is_needed_to_run_it_by_hand(tmp_path):
+    steps = ({"name": "a.train", "kind": "ok", "args": {"fold": 0}},)
+    run_toy([Task("a", "toy", steps, environment={"nnUNet_raw": "/r"})], tmp_path, slots=[{"SLOT": "1"}])
+    job = json.loads((tmp_path / "jobs/a.job").read_text())
+    expected = {"environment": {"nnUNet_raw": "/r", "SLOT": "1"}, "markers": str(tmp_path / "jobs")}
+    assert job == expected | {"steps": list(steps)}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_child_too_and_the_rest_is_resumed(tmp_path, number):
     program = f"""
@@ -375,6 +394,6 @@ except KeyboardInterrupt:
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(60) == 130
-    children = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path / "jobs/b.job") not in children
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "ran.pid").read_text()), 0)
     assert [name for name, _ in run_toy([task("a"), task("b")], tmp_path)[1]][-1:] == ["b.train"]

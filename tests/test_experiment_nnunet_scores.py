@@ -80,11 +80,11 @@ def test_half_covered_discs_have_the_dice_and_iou_of_pencil_and_paper():
     truth, found = np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8)
     truth[:4] = 1  # 40 pixels
     found[2:4] = 1  # 20 of them
-    found[8:] = 1  # and 20 that are wrong
-    assert scores.confusion(truth, found, 2).tolist() == [[20, 20, 20]]
+    found[9:] = 1  # and 10 that are wrong
+    assert scores.confusion(truth, found, 2).tolist() == [[20, 10, 20]]
     numbers = scores.numbers(counts_of([truth], [found], 2), weights=None)
-    assert numbers["mDice"] == {"value": 0.5, "n": 1, "ci": None}
-    assert numbers["mIoU"]["value"] == pytest.approx(1 / 3)
+    assert numbers["mDice"] == {"value": pytest.approx(40 / 70), "n": 1, "ci": None}
+    assert numbers["mIoU"]["value"] == pytest.approx(20 / 50)
 
 
 def test_images_without_a_label_do_not_count_and_none_at_all_is_no_number():
