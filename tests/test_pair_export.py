@@ -359,11 +359,10 @@ def test_the_largest_ratio_tells_how_many_pairs_to_make() -> None:
         num_samples_for([100], None)
 
 
-def test_too_few_pairs_for_the_ratios_end_in_one_message_after_the_pool_is_finished(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"500 % of 4 .*are 20.*--num_samples 20"):
+def test_too_few_pairs_for_the_ratios_end_in_one_message_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"of 4 real .* need 20 pairs, num_samples is 6; give --num_samples 20"):
         Run(tmp_path, ratios=[100, 500], num_real=4)()
-    assert {p.name for p in tmp_path.iterdir()} == {"Dataset010_JDM"}
-    assert (tmp_path / "Dataset010_JDM" / "dataset.json").is_file()
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("value", [0, 257, 1.5, True])

@@ -279,8 +279,15 @@ def sample_pairs(dataset: PairSamplingDataset, evaluator: Engine, export: PairEx
         export: writes or refuses.
 
     Raises:
-        UserError: pairs that were refused ``export.max_attempts`` times.
+        UserError: fewer pairs are asked for than the ratios need, or pairs were refused ``export.max_attempts`` times.
     """
+    needed = num_samples_for(export.ratios, export.num_real) if export.ratios else 0
+    if needed > max(dataset.num_samples, len(export.writer.cases())):
+        msg = (
+            f"ratios {export.ratios} of {export.num_real} real training cases need {needed} pairs, num_samples is "
+            f"{dataset.num_samples}; give --num_samples {needed}, or leave it out, or choose smaller ratios"
+        )
+        raise UserError(msg)
     if not len(dataset):
         logger.info("all pairs that were asked for are there already; raise --num_samples for more")
     for _ in range(export.max_attempts):

@@ -83,6 +83,7 @@ class PairSamplingDataset(torch.utils.data.Dataset):
     ) -> None:
         _check_whole("num_samples", num_samples, least=1, example=32)
         _check_whole("seed", seed, least=0, example=0)
+        self.num_samples = num_samples
         self.condition = condition
         self.image_size = tuple(int(side) for side in image_size)
         self.image_channels = int(image_channels)
