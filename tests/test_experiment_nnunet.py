@@ -21,7 +21,7 @@ from monai_synth.data.pair_files import read_image, read_label
 from monai_synth.errors import UserError
 from monai_synth.experiments import nnunet_sets as sets
 from monai_synth.experiments.nnunet import PRESETS, Settings, _checked, _tasks, run_experiment
-from monai_synth.experiments.nnunet_jobs import Task, locked, run_tasks
+from monai_synth.experiments.nnunet_jobs import Outcome, Task, locked, run_tasks
 from monai_synth.experiments.nnunet_record import record_settings
 
 
@@ -231,6 +231,46 @@ def test_the_command_line_tells_errors_in_one_line_with_status_2(real, pool, tmp
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "1000 % of 8 real training cases are 80" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {}),
+        (["--ratios", "100,250", "--mode", "pretrain,mix"], {"ratios": (100, 250), "modes": ("pretrain", "mix")}),
+        (["--test", "A=x", "--test", "B=y=z"], {"tests": {"A": "x", "B": "y=z"}}),
+        (["--image-size", "256", "320"], {"image_size": (256, 320)}),
+        (["--image-size", "native"], {"image_size": ()}),
+        (
+            ["--preset", "demo", "--folds", "3", "--fold-list", "0,2"],
+            {"preset": "demo", "folds": 3, "fold_list": (0, 2)},
+        ),
+        (["--seeds", "3", "--lr", "1e-3", "--disable-tta"], {"num_seeds": 3, "lr": 1e-3, "disable_tta": True}),
+        (["--patch-size", "64", "96", "--show-real"], {"patch_size": [64, 96], "show_real": True}),
+    ],
+)
+def test_options_of_the_command_line_become_settings(monkeypatch, options, expected):
+    got = []
+    monkeypatch.setattr(
+        "monai_synth.experiments.nnunet.run_experiment",
+        lambda settings, report: got.append(settings) or Outcome({}, {}),
+    )
+    assert main(["experiment", "nnunet", "--real", "r", "--synthetic", "s", "--out", "o", *options]) == 0
+    assert got == [Settings("r", "s", "o", **expected)]
+
+
+def test_a_failed_job_makes_the_exit_status_1_with_a_summary(monkeypatch, capsys):
+    outcome = Outcome({"a": "exit status 1"}, {"b": "a"})
+    monkeypatch.setattr("monai_synth.experiments.nnunet.run_experiment", lambda settings, report: outcome)
+    assert main(["experiment", "nnunet", "--real", "r", "--synthetic", "s", "--out", "o"]) == 1
+    assert "1 jobs failed (a), 1 that need them were skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--image-size", "native", "64"], ["--test", "x"], ["--ratios", "a"]])
+def test_options_of_another_form_are_a_usage_error(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment", "nnunet", "--real", "r", "--synthetic", "s", "--out", "o", *options])
+    assert "usage: monai-synth experiment nnunet" in capsys.readouterr().err
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path):
