@@ -96,7 +96,7 @@ def test_training_writes_a_model_a_grid_and_a_finished_run(trained: dict[str, st
     contract = load_file(Path(trained["ckpt_dir"]) / "model.pt", stage="diffusion")["contract"]
     assert contract["labels"] == {"background": 0, "nucleus": 1}
     assert contract["value_range"] == [0, 1]
-    assert (contract["image_channels"], contract["num_training_cases"]) == (3, 8)
+    assert (contract["image_channels"], contract["num_real"]) == (3, 10)  # training and validation
     assert (Path(trained["output_dir"]) / "samples.png").is_file()
     client = mlflow.MlflowClient(f"sqlite:///{trained['output_dir']}/mlruns.db")
     (found,) = client.search_runs([client.get_experiment_by_name("jdm").experiment_id])
@@ -135,17 +135,17 @@ def test_the_network_takes_and_gives_what_metadata_says(trained: dict[str, str])
 def test_sampled_pairs_are_a_dataset_that_nnunet_accepts_with_nested_ratio_subsets(
     trained: dict[str, str], tmp_path: Path
 ) -> None:
-    folder = sample(trained, tmp_path, num_samples=12, ratios=[100, 150])
+    folder = sample(trained, tmp_path, num_samples=15, ratios=[100, 150])
     verify = pytest.importorskip("nnunetv2.experiment_planning.verify_dataset_integrity").verify_dataset_integrity
     subsets = sorted(tmp_path.glob("Dataset*"))
     assert len(subsets) == 3
     for subset in subsets:
         verify(str(subset), num_processes=1)
     cases = [{p.name for p in (s / "labelsTr").iterdir()} for s in subsets]
-    assert [len(c) for c in cases] == [12, 8, 12]
+    assert [len(c) for c in cases] == [15, 10, 15]
     assert cases[1] < cases[2] <= cases[0]
     lines = [json.loads(line) for line in (folder / "provenance.jsonl").read_text().splitlines()]
-    assert len({line["seed"] for line in lines}) == 12
+    assert len({line["seed"] for line in lines}) == 15
     assert all(line["filters"] for line in lines)
     assert (tmp_path / "figures").is_dir()
 

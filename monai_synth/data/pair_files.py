@@ -114,7 +114,8 @@ def _read(path: str | Path) -> np.ndarray:
 def _encoded(path: str | Path, array: np.ndarray, spacing: Sequence[float] | None) -> bytes:
     if str(path).endswith(".png"):
         buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", compress_level=3)  # a third of the time, a tenth more bytes
+        # level 3 takes a third of the default's time for a tenth more bytes
+        Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", compress_level=3)
         return buffer.getvalue()
     image = nib.Nifti1Image(array, np.diag([*(spacing or (1.0, 1.0, 1.0)), 1.0]))
     image.header.set_xyzt_units("mm")

@@ -21,7 +21,7 @@ from monai.transforms import (
 )
 from torch.utils.data import Sampler
 
-from monai_synth.data.datalist import read_dataset
+from monai_synth.data.datalist import PreparedDataset, read_dataset
 from monai_synth.data.joint import to_joint
 from monai_synth.data.pair_files import read_image, read_label, resize_image, resize_label
 from monai_synth.data.slices import check_labels
@@ -43,6 +43,14 @@ def pair_list(dataset_dir: str, split: str) -> list[dict[str, Any]]:
     if not cases:
         raise UserError(f"split {split!r} of {dataset.root} has no case; prepare it with other --splits")
     return [{**case, "index": i} for i, case in enumerate(cases)]
+
+
+def num_real(dataset: PreparedDataset) -> int:
+    """Real pairs that are 100 % where synthetic ones are counted in percent: what nnU-Net makes its folds of.
+
+    These are training and validation, of which ``experiment nnunet`` makes the real set.
+    """
+    return sum(len(dataset.content.get(split, [])) for split in ("training", "validation"))
 
 
 def pair_spacing(cases: Sequence[Mapping[str, Any]], image_size: Sequence[int], scale: float | None) -> list[float]:
