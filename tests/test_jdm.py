@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -294,3 +295,40 @@ def test_overlays_train(dataset: Path, tmp_path: Path, overlay: str, check: tupl
     contract = load_file(tmp_path / "m" / "model.pt")["contract"]
     assert contract[check[0]] == (check[1] or {"random": True, "scale": 1.0, "flips": True})
     sample({"dataset_dir": str(dataset), "ckpt_dir": str(tmp_path / "m")}, tmp_path / "out", num_samples=2)
+
+
+@pytest.mark.slow
+def test_volumes_with_several_labels_train_and_are_sampled_as_nifti(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+    for i in range(6):
+        label = np.zeros((20, 18, 16), np.uint8)
+        label[4:12, 5:12, 3 + i : 8 + i] = 1
+        label[6:9, 6:9, 4 + i : 6 + i] = 2
+        image = (60.0 * label + rng.normal(40, 5, label.shape)).astype(np.float32)
+        for folder, array in (("imagesTr", image), ("labelsTr", label)):
+            nib.save(
+                nib.Nifti1Image(array, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "source" / folder / f"v{i}.nii.gz"
+            )
+    data = tmp_path / "prepared"
+    prepare_pairs(
+        tmp_path / "source", data, image_dir="imagesTr", label_dir="labelsTr", labels=["outer", "inner"],
+        splits=(0.6, 0.2, 0.2), modality="MR",
+    )  # fmt: skip
+    places = {"dataset_dir": str(data), "ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "e")}
+    values = TINY | {"image_size": [16, 16, 16], "num_iterations": 2}
+    run("jdm", "train.json", "train", "training", **values, **places, latest_dir=str(tmp_path))
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    given = np.zeros((16, 16, 16), np.uint8)
+    given[4:9, 4:12, 4:12] = 2
+    nib.save(nib.Nifti1Image(given, np.diag([1.25, 1.125, 2.0, 1.0])), masks / "drawn.nii.gz")
+    folder = sample(places, tmp_path / "out", condition="mask", masks=str(masks), num_samples=2, batch_size=2)
+    verify = pytest.importorskip("nnunetv2.experiment_planning.verify_dataset_integrity").verify_dataset_integrity
+    verify(str(folder), num_processes=1)
+    for path in (folder / "labelsTr").iterdir():
+        written = nib.load(path)
+        np.testing.assert_array_equal(np.asarray(written.dataobj), given)
+        np.testing.assert_allclose(written.header.get_zooms(), [1.25, 1.125, 2.0])
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "outer": 1, "inner": 2}
