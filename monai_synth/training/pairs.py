@@ -245,5 +245,3 @@ class JointDiffusionPrepareBatch(NoisyPrepareBatch):
         t, eps = t.to(x_0.device), eps.to(x_0)
         x_t = add_noise(self.alphas_cumprod, x_0, eps, t)
         return x_t, DiffusionTarget(x_0=x_0, x_t=x_t, eps=eps, t=t), (), {"timesteps": t}
-
-
