@@ -100,8 +100,8 @@ def _read(path: str | Path) -> np.ndarray:
             with Image.open(path) as picture:
                 if picture.mode not in ("L", "RGB"):
                     raise UserError(f"{path} has mode {picture.mode}, allowed are L and RGB with 8 bits; {remedy}")
-                return np.asarray(picture)
-        array = np.asarray(nib.load(path).dataobj)
+                return np.array(picture)
+        array = np.array(nib.load(path).dataobj)
     except UserError:
         raise
     except Exception as error:  # PIL and nibabel raise many kinds for damaged files
