@@ -37,11 +37,11 @@ def test_the_paper_preset_holds_the_numbers_of_table_4_1() -> None:
         "image_size": [256, 256], "base_channels": 128, "channel_mult": [1, 1, 2, 2, 4, 4], "num_res_blocks": 2,
         "attention_resolutions": [16, 8], "num_heads": 4, "batch_size": 10, "learning_rate": 1e-4,
         "num_iterations": 60_000, "ema_decay": 0.9999, "prediction_type": "epsilon",
+        "value_range": [0, 1],
     }  # fmt: skip
     assert {k: paper[k] for k in expected} == expected
     assert (train["learned_variance"], train["vlb_weight"]) == (True, 0.001)  # Eq 2.18
     assert (train["lr_decay"], train["weight_decay"]) == ("linear", 0.0)
-    assert train["value_range"] == [0, 1]
     schedule = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     assert schedule.items() <= train["schedule"].items()
     nuclei = json.loads((CONFIGS / "monuseg.json").read_text())
@@ -96,7 +96,7 @@ def test_training_writes_a_model_a_grid_and_a_finished_run(trained: dict[str, st
     assert {p.name for p in Path(trained["ckpt_dir"]).glob("*.pt")} == {"model.pt", "last_model.pt"}
     contract = load_file(Path(trained["ckpt_dir"]) / "model.pt", stage="diffusion")["contract"]
     assert contract["labels"] == {"background": 0, "nucleus": 1}
-    assert contract["value_range"] == [0, 1]
+    assert contract["value_range"] == [-1, 1]
     assert (contract["image_channels"], contract["num_real"]) == (3, 10)  # training and validation
     assert (Path(trained["output_dir"]) / "samples.png").is_file()
     client = mlflow.MlflowClient(f"sqlite:///{trained['output_dir']}/mlruns.db")
