@@ -34,9 +34,9 @@ from PIL import Image
 from monai_synth.data import lidc, lidc_scan
 from monai_synth.data.datalist import load_datalist, read_dataset
 from monai_synth.data.lidc import prepare_lidc, split_patients
-from monai_synth.data.lidc_output import partial_folder
 from monai_synth.data.lidc_scan import evenly, select_slices
 from monai_synth.data.semantic import FEATURES, LABELS
+from monai_synth.data.whole_folder import partial_folder
 from monai_synth.errors import UserError
 
 QUIET = {"num_workers": 1, "progress": False}

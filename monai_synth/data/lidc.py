@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import logging
@@ -20,12 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from monai_synth import __version__
-from monai_synth.data.lidc_output import check_output, partial_folder, whole_folder
-from monai_synth.data.lidc_pool import map_unordered, stopped
 from monai_synth.data.lidc_scan import ScanResult, ScanTask, prepare_scan
 from monai_synth.data.lidc_series import Problem, Series
 from monai_synth.data.lidc_source import Source, find_scans
 from monai_synth.data.semantic import HU_MAX, HU_MIN, LABELS
+from monai_synth.data.whole_folder import cannot_write, check_output, partial_folder, whole_folder
+from monai_synth.data.workers import map_unordered, stopped, worker_count
 from monai_synth.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def prepare_lidc(
         "seed": int(seed),
     }
     _check_settings(settings)
-    workers = _num_workers(num_workers)
+    workers = worker_count(num_workers)
     table = _check_places(source, out, link_table, overwrite)
     found = find_scans(
         source,
@@ -113,7 +112,7 @@ def prepare_lidc(
             text = json.dumps(content, indent=1) + "\n"
             (folder / "dataset.json").write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UserError(_cannot_write(out, error)) from error
+            raise UserError(cannot_write(out, error)) from error
     if table is not None:
         _write_link_table(table, tasks, {(r.patient, r.scan) for r in results})
     return content
@@ -165,14 +164,6 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for key, allowed, is_right in checks:
         if not is_right(settings[key]):
             raise UserError(f"{key} is {settings[key]}; allowed is {allowed}. Change --{key}")
-
-
-def _num_workers(num_workers: int | None) -> int:
-    if num_workers is None:
-        return os.cpu_count() or 1
-    if num_workers < 1:
-        raise UserError(f"num_workers is {num_workers}; allowed is 1 or more, or none for one per core")
-    return int(num_workers)
 
 
 def _check_places(source: Path, out: Path, link_table: str | Path | None, overwrite: bool) -> Path | None:
@@ -286,12 +277,6 @@ def _content(name: str, results: list[ScanResult], found: Source, settings: dict
         "created_with": {"monai_synth": __version__, "settings": settings},
         **{s: [c for c in cases if split_of[c["patient_id"]] == s] for s in _SPLITS},
     }
-
-
-def _cannot_write(out: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"output {out}: the disk is full and nothing was left on it; free space or name another disk"
-    return f"output {out} cannot be written ({error.strerror or error}); nothing was left there"
 
 
 def _write_link_table(path: Path, tasks: list[ScanTask], done: set[tuple[str, int]]) -> None:

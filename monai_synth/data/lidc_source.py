@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from monai_synth.data.lidc_pool import map_unordered, stopped
 from monai_synth.data.lidc_series import (
     Problem,
     ReadingFile,
@@ -25,6 +24,7 @@ from monai_synth.data.lidc_series import (
     slice_thickness,
 )
 from monai_synth.data.lidc_xml import read_lidc_xml
+from monai_synth.data.workers import map_unordered, stopped
 from monai_synth.errors import UserError
 
 
@@ -67,7 +67,7 @@ def find_scans(
     if not source.is_dir():
         raise UserError(f"source {source} is not a folder; give the folder that holds LIDC-IDRI (DICOM and XML)")
     found = Source()
-    paths = sorted(_files_below(source, leave_out, found.problems))
+    paths = sorted(files_below(source, leave_out, found.problems))
     if not paths and not found.problems:
         raise UserError(f"source {source} holds no file; give the folder that holds LIDC-IDRI (DICOM and XML)")
     chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
@@ -93,7 +93,7 @@ def find_scans(
     return found
 
 
-def _files_below(source: Path, leave_out: Sequence[Path], problems: list[Problem]) -> Iterator[str]:
+def files_below(source: Path, leave_out: Sequence[Path], problems: list[Problem]) -> Iterator[str]:
     """Paths of all files; folders that are linked twice, or into themselves, are looked into once."""
     seen = {(info.st_dev, info.st_ino) for info in (p.stat() for p in leave_out if p.is_dir())}
 

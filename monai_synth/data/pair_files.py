@@ -101,7 +101,7 @@ def _read(path: str | Path) -> np.ndarray:
                 if picture.mode not in ("L", "RGB"):
                     raise UserError(f"{path} has mode {picture.mode}, allowed are L and RGB with 8 bits; {remedy}")
                 return np.array(picture)
-        array = np.array(nib.load(path).dataobj)
+        array = np.asarray(nib.load(path).dataobj).copy()
     except UserError:
         raise
     except Exception as error:  # PIL and nibabel raise many kinds for damaged files

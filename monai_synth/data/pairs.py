@@ -20,14 +20,13 @@ from tqdm import tqdm
 from monai_synth import __version__
 from monai_synth.atomic import write_json
 from monai_synth.data.datalist import SPLITS
-from monai_synth.data.lidc import _cannot_write, _num_workers
-from monai_synth.data.lidc_output import check_output, whole_folder
-from monai_synth.data.lidc_pool import map_unordered
 from monai_synth.data.lidc_series import Problem
 from monai_synth.data.pair_files import FILE_ENDINGS
 from monai_synth.data.pairs_output import PairResult, PairTask, Recipe, prepare_pair
 from monai_synth.data.pairs_read import Form, inspect_image
 from monai_synth.data.pairs_source import Pair, PairSource, find_pairs, plain
+from monai_synth.data.whole_folder import cannot_write, check_output, whole_folder
+from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ def prepare_pairs(
     if skip_bad or not found.problems:  # else these are told first, with those that are found on the way
         split_groups(found, group_of, settings["splits"], seed)  # too few groups are told before the work
     tasks = _tasks(found, group_of, recipe, anonymize_ids or any(f.modality for f in forms.values()))
-    workers = _num_workers(num_workers)
+    workers = worker_count(num_workers)
     if num_workers is None:
         workers = min(workers, -(-len(tasks) // _PAIRS_PER_WORKER))
     with whole_folder(out, overwrite=overwrite) as folder:
@@ -152,7 +151,7 @@ def prepare_pairs(
             }
             write_json(folder / "dataset.json", content)
         except OSError as error:
-            raise UserError(_cannot_write(out, error)) from error
+            raise UserError(cannot_write(out, error)) from error
     return content
 
 

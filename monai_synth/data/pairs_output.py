@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from monai_synth.data.lidc_pool import stopped
 from monai_synth.data.lidc_series import Problem
 from monai_synth.data.pair_files import FILE_ENDINGS, resize_image, resize_label, write_image, write_label
 from monai_synth.data.pairs_read import Mask, Picture, read_mask, read_picture
 from monai_synth.data.pairs_source import Pair
+from monai_synth.data.workers import stopped
 from monai_synth.errors import UserError
 
 _JPEG_THRESHOLD = 127.0  # the middle of 8 bits

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_synth.data.lidc_series import Problem
-from monai_synth.data.lidc_source import _files_below
+from monai_synth.data.lidc_source import files_below
 from monai_synth.data.pairs_read import ENDINGS, ending_of
 from monai_synth.errors import UserError
 
@@ -131,7 +131,7 @@ def _parts(source: Path, image_dir: str, label_dir: str, found: PairSource) -> l
         if _holds_files(source / "labelsTs"):
             parts.append(_part("test", "Ts", source, "imagesTs", "labelsTs"))
         elif (source / "imagesTs").is_dir():
-            found.ignored["imagesTs_without_labels"] = sum(1 for _ in _files_below(source / "imagesTs", (), []))
+            found.ignored["imagesTs_without_labels"] = sum(1 for _ in files_below(source / "imagesTs", (), []))
         return parts
     whole = source / image_dir
     above = [  # train/images
@@ -178,7 +178,7 @@ def _part(split: str, folder: str, root: Path, image_dir: str, label_dir: str) -
 
 
 def _holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(_files_below(folder, (), []))
+    return folder.is_dir() and any(files_below(folder, (), []))
 
 
 def _read_description(source: Path, found: PairSource) -> None:
@@ -249,7 +249,7 @@ def _by_key(folder: Path, found: PairSource) -> dict[str, str]:
     """Path by key; files of unknown kind and two files of one key are problems."""
     problems = found.problems
     paths: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(_files_below(folder, (), problems)):
+    for path in sorted(files_below(folder, (), problems)):
         name = os.path.basename(path)
         if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
             continue

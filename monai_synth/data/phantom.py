@@ -15,8 +15,6 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from tqdm import tqdm
 
-from monai_synth.data.lidc_output import whole_folder
-from monai_synth.data.lidc_pool import map_unordered
 from monai_synth.data.phantom_anatomy import build_thorax
 from monai_synth.data.phantom_dicom import PADDING, RESCALE_INTERCEPT, lidc_xml, write_series
 from monai_synth.data.phantom_nodules import (
@@ -41,6 +39,8 @@ from monai_synth.data.phantom_shapes import (
     vessel_tree,
 )
 from monai_synth.data.phantom_wall import Habitus
+from monai_synth.data.whole_folder import whole_folder
+from monai_synth.data.workers import map_unordered
 from monai_synth.errors import UserError
 
 PADDING_HU = PADDING + RESCALE_INTERCEPT

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from monai_synth.data.lidc_output import whole_folder
+from monai_synth.data.whole_folder import whole_folder
 from monai_synth.errors import UserError
 
 Array = np.ndarray

@@ -16,8 +16,8 @@ import numpy as np
 
 from monai_synth.atomic import write_json
 from monai_synth.data.datalist import PreparedDataset, read_dataset
-from monai_synth.data.lidc_output import whole_folder
 from monai_synth.data.pair_files import FILE_ENDINGS, read_image, read_label, resize_image, resize_label, write_image
+from monai_synth.data.whole_folder import whole_folder
 from monai_synth.errors import UserError
 from monai_synth.export.nnunet import NNUNetRawWriter, sanitize_case_id
 

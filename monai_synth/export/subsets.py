@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_synth.atomic import write_bytes
-from monai_synth.data.lidc_output import partial_folder, whole_folder
+from monai_synth.data.whole_folder import partial_folder, whole_folder
 from monai_synth.errors import UserError
 from monai_synth.export.nnunet import SETTINGS_FILE, sanitize_case_id
 from monai_synth.export.provenance import read_provenance

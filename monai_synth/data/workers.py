@@ -63,3 +63,16 @@ def map_unordered(function: Callable[[Any], Any], items: Sequence[Any], num_work
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def worker_count(num_workers: int | None) -> int:
+    """Number of processes; one per CPU core where None is given.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if num_workers is None:
+        return os.cpu_count() or 1
+    if num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}; allowed is 1 or more, or none for one per core")
+    return int(num_workers)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -102,3 +103,10 @@ def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 def _put_back(replaced: Path, out: Path) -> None:
     if replaced.is_dir() and not out.exists():
         os.rename(replaced, out)
+
+
+def cannot_write(out: Path, error: OSError) -> str:
+    """Message for an output folder that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"output {out}: the disk is full and nothing was left on it; free space or name another disk"
+    return f"output {out} cannot be written ({error.strerror or error}); nothing was left there"
