@@ -19,6 +19,9 @@ from monai_synth.experiments.nnunet_jobs import Markers, Outcome
 from monai_synth.experiments.nnunet_pictures import disagreement_box
 from monai_synth.experiments.nnunet_report import Row, write_results
 from monai_synth.experiments.nnunet_sets import TestSet
+from monai_synth.experiments.nnunet_text import reported, reported_html
+
+TEXT_POLYPS = ("Kvasir", "ClinicDB", "ColonDB", "CVC-300", "ETIS")
 
 
 def label_maps(num: int, num_labels: int, seed: int) -> list[np.ndarray]:
@@ -263,3 +266,17 @@ def test_a_row_of_which_a_run_is_missing_says_so(finished):
     entry = content["results"][-1]
     assert (entry["num_runs"], entry["num_runs_planned"]) == (1, 2)
     assert "<td>1 of 2</td>" in (finished[0] / "report.html").read_text()
+
+
+def test_the_numbers_of_the_thesis_stand_beside_a_test_set_of_its_name() -> None:
+    rows = {row: values for row, *values in reported("CVC-300")}
+    assert rows["nnU-Net, real only"] == [85.35, 77.84]
+    assert rows["pretrained on 250 %"] == [87.61, 81.09]
+    assert "ResUNet++" not in rows  # it has no number there
+    assert [row for row, *_ in reported("ClinicDB")][1] == "ResUNet++"
+    assert dict((row, values) for row, *values in reported("MoNuSeg"))["pretrained on 1000 %"] == [82.31, 70.03]
+    assert reported("hippocampus") == []
+    assert reported_html("hippocampus") == ""
+    best = [max(values[0] for row, *values in reported(t) if "pretrained" in row) for t in TEXT_POLYPS]
+    real = [dict((row, values) for row, *values in reported(t))["nnU-Net, real only"][0] for t in TEXT_POLYPS]
+    assert np.mean(np.subtract(best, real)) == pytest.approx(2.59, abs=0.01)  # its "+2.5 %" is best of several

@@ -23,6 +23,7 @@ from monai_synth.experiments import nnunet_scores as scores
 from monai_synth.experiments.nnunet_jobs import Markers, Outcome
 from monai_synth.experiments.nnunet_pictures import disagreement_png
 from monai_synth.experiments.nnunet_sets import TestSet
+from monai_synth.experiments.nnunet_text import reported_html
 from monai_synth.export.provenance import package_versions
 
 NAMES = {
@@ -141,6 +142,7 @@ def report_html(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
                 "<p>Image, truth, real only and the best pretrained network (chosen on these images); the box holds "
                 f"the largest connected disagreement of the two.</p>{_IMAGE.format(data)}"
             )
+        parts.append(reported_html(test))
     shown = "".join(
         f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
         for key, value in {**settings, "versions": content["versions"]}.items()
