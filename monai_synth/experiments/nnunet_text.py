@@ -78,6 +78,6 @@ def reported_html(test: str) -> str:
     )
     return (
         f"<h2>{html.escape(test)}: what the thesis reports</h2><p>One training per row (fine-tuning: mean of "
-        "five folds), other sizes and lengths than here unless the preset is paper; the rows above nnU-Net are copied from the "
-        f"literature.</p><table><tr><th></th><th>mDice</th><th>mIoU</th></tr>{lines}</table>"
+        "five folds), other sizes and lengths than here unless the preset is paper; the rows above nnU-Net are copied "
+        f"from the literature.</p><table><tr><th></th><th>mDice</th><th>mIoU</th></tr>{lines}</table>"
     )
