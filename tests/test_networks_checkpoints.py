@@ -52,7 +52,7 @@ def outputs(network: nn.Module, spatial_dims: int, *, spade: bool) -> torch.Tens
 def assert_equal_outputs(own: nn.Module, other: nn.Module, spatial_dims: int, *, spade: bool) -> None:
     expected = outputs(other, spatial_dims, spade=spade)
     assert expected.std() > 0.02
-    torch.testing.assert_close(outputs(own, spatial_dims, spade=spade), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(outputs(own, spatial_dims, spade=spade), expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
