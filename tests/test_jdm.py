@@ -273,7 +273,7 @@ def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) 
     places = {"dataset_dir": str(dataset), "ckpt_dir": str(tmp_path / "models"), "latest_dir": str(tmp_path)}
     for config, ids, values in (
         ("train.json", ["training"], TINY | {"output_dir": str(tmp_path / "eval")}),
-        ("inference.json", [], {"num_samples": 5, "num_steps": 2, "output_dir": str(tmp_path / "out"),
+        ("inference.json", [], {"num_samples": 5, "num_steps": 3, "output_dir": str(tmp_path / "out"),
                                 "max_attempts": 256}),
     ):  # fmt: skip
         files = str([str(CONFIGS / n) for n in (config, "multi_gpu_train.json")])
