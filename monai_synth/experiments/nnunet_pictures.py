@@ -13,6 +13,7 @@ from scipy import ndimage
 from monai_synth.data.pair_files import read_image, read_label
 
 MAX_ROWS = 4
+LEAST_WINDOW = 128  # pixels shown around a box; of a large image the rest would hide what differs
 
 
 def disagreement_png(
@@ -57,6 +58,9 @@ def disagreement_png(
                 corner = (columns.start - 1.5, rows.start - 1.5)
                 size = (columns.stop - columns.start + 2, rows.stop - rows.start + 2)
                 axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="red", linewidth=1.5))
+                top, bottom = _window(rows, maps[0].shape[0])
+                left, right = _window(columns, maps[0].shape[1])
+                axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     for axes, title in zip(figure.axes[:4], titles, strict=True):
         axes.set_title(title, fontsize=9)
     buffer = io.BytesIO()
@@ -71,3 +75,10 @@ def disagreement_box(first: np.ndarray, second: np.ndarray) -> tuple[slice, ...]
         return None
     largest = int(np.bincount(parts.ravel())[1:].argmax())
     return ndimage.find_objects(parts)[largest]
+
+
+def _window(box: slice, length: int) -> tuple[int, int]:
+    """What is shown along an axis: the box in the middle of a window, moved inside the image."""
+    width = min(length, max(LEAST_WINDOW, 4 * (box.stop - box.start)))
+    start = min(max((box.start + box.stop - width) // 2, 0), length - width)
+    return start, start + width

@@ -245,7 +245,8 @@ def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, metric in zip(figure.subplots(1, 2), ("mDice", "mIoU"), strict=True):
-        span = max((e["ratio"] or 0 for e in results), default=0)
+        ratios = sorted({e["ratio"] for e in results if e["ratio"]})
+        span = max(ratios, default=0)
         for k, (mode, colour) in enumerate(zip(CAPTIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True)):
             entries = [e for e in results if e["test"] == test and e["mode"] == mode]
             entries = [e for e in entries if e["numbers"][metric]["value"] is not None]
@@ -265,6 +266,9 @@ def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
                 if line["ci"] and mode == "real":
                     axes.axhspan(100 * line["ci"][0], 100 * line["ci"][1], color="black", alpha=0.08)
         axes.set(xlabel="synthetic pairs, % of the real training set", ylabel=f"{metric}, %")
+        axes.set_xticks(ratios)
+        if ratios:
+            axes.set_xlim(ratios[0] - span / 10, span + span / 10)
         axes.legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
