@@ -284,6 +284,15 @@ def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) 
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert len(list((tmp_path / "out" / "Dataset910_JDM" / "labelsTr").iterdir())) == 5
 
+    values = places | {"num_samples": 3, "num_steps": 1, "output_dir": str(tmp_path / "none"), "max_attempts": 1}
+    values["filters"] = {"min_foreground": 0.9999}
+    done = subprocess.run(
+        [*torchrun, *command("--config_file", files, *options(values))[1:]],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "monai_synth: error: 3 pairs were refused 1 times each" in done.stderr  # by both, of which each made some
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine
 
 from monai_synth.atomic import write_bytes, write_json
@@ -168,21 +169,29 @@ class PairExport(SampleExport):
                     raise self.no_room(case, error) from error
 
     def require_all(self, waiting: Sequence[str]) -> None:
-        """Refuse to end a run of which pairs are still missing after the last attempt.
+        """Refuse to end a run of which pairs are still missing after the last attempt; all processes end together.
 
         Args:
-            waiting: ids of the missing pairs.
+            waiting: ids of the missing pairs of this process.
 
         Raises:
             UserError: there are some; with the rate of each reason and what to change.
         """
-        if not waiting:
+        given = [refusal["reason"] for refusals in self._reasons.values() for refusal in refusals]
+        own = (list(waiting), given, self._num_made)
+        shares = [own]
+        if self.distributed:
+            shares = [own] * dist.get_world_size()
+            dist.all_gather_object(shares, own)
+        missing = [case for share in shares for case in share[0]]
+        if not missing:
             return
-        reasons = Counter(refusal["reason"] for given in self._reasons.values() for refusal in given)
-        rates = ", ".join(f"{name} {100 * count / self._num_made:.0f} %" for name, count in reasons.most_common())
+        reasons = Counter(reason for share in shares for reason in share[1])
+        num_made = sum(share[2] for share in shares)
+        rates = ", ".join(f"{name} {100 * count / num_made:.0f} %" for name, count in reasons.most_common())
         msg = (
-            f"{len(waiting)} pairs were refused {self.max_attempts} times each (e.g. {waiting[0]}). Refused were, of "
-            f"{self._num_made} pairs made: {rates}. Look at the training's sample grids and train longer, widen "
+            f"{len(missing)} pairs were refused {self.max_attempts} times each (e.g. {missing[0]}). Refused were, of "
+            f"{num_made} pairs made: {rates}. Look at the training's sample grids and train longer, widen "
             f"--filters {self.filters}, or raise --max_attempts; finished pairs are kept"
         )
         raise UserError(msg)
@@ -292,7 +301,7 @@ def sample_pairs(dataset: PairSamplingDataset, evaluator: Engine, export: PairEx
         logger.info("all pairs that were asked for are there already; raise --num_samples for more")
     for _ in range(export.max_attempts):
         if not len(dataset):
-            return
+            break
         logger.info(f"sampling {len(dataset)} pairs")
         export.begin_pass()
         evaluator.state.epoch_length = len(evaluator.data_loader)
