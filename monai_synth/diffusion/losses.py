@@ -19,6 +19,7 @@ from monai_synth.diffusion.variance import (
     learned_log_variance,
     posterior_log_variance,
     posterior_mean,
+    split_output,
 )
 from monai_synth.errors import UserError
 
@@ -99,21 +100,13 @@ class HybridLoss(nn.Module):
         Raises:
             UserError: the network has not the channels that the loss needs.
         """
-        channels = target.x_0.shape[1]
-        needed = channels * (2 if self.learned_variance else 1)
-        if prediction.shape[1] != needed:
-            msg = (
-                f"the network has {prediction.shape[1]} output channels; with {channels} channels of data and "
-                f"learned_variance {self.learned_variance} it needs {needed}"
-            )
-            raise UserError(msg)
         prediction = prediction.to(target.x_0.dtype)
-        mean_half = prediction[:, :channels]
+        mean_half, v = split_output(prediction, target.x_0.shape[1], self.learned_variance)
         wanted = training_target(self.schedule, target.x_0, target.eps, target.t, table=self.alphas_cumprod)
         mse = _mean_of_sample((mean_half - wanted) ** 2)
         if not self.learned_variance:
             return mse, torch.zeros_like(mse)
-        return mse, self._vlb(mean_half.detach(), prediction[:, channels:], target)
+        return mse, self._vlb(mean_half.detach(), v, target)
 
     def _vlb(self, mean_half: Tensor, v: Tensor, target: DiffusionTarget) -> Tensor:
         """L_{t-1}, or at t = 0 the decoder's L_0 (Nichol and Dhariwal 2021, Eq 4 to 7), in bits, (B,)."""

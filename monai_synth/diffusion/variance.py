@@ -114,6 +114,30 @@ def discretized_gaussian_log_likelihood(
     return torch.where(x_0 < low + half_width, outer_left, torch.where(x_0 > high - half_width, outer_right, inside))
 
 
+def split_output(output: Tensor, channels: int, learned_variance: bool) -> tuple[Tensor, Tensor]:
+    """The halves of a network's output.
+
+    Args:
+        output: (B, 2 C, *S), or (B, C, *S) without a learned variance.
+        channels: C, of the data.
+        learned_variance: whether there is a second half.
+
+    Returns:
+        Prediction (B, C, *S) and v; v has no channels without a learned variance.
+
+    Raises:
+        UserError: another number of channels.
+    """
+    needed = channels * (2 if learned_variance else 1)
+    if output.shape[1] != needed:
+        msg = (
+            f"the network has {output.shape[1]} output channels; with {channels} channels of data and learned_variance "
+            f"{learned_variance} it needs {needed}; give the learned_variance of its training"
+        )
+        raise UserError(msg)
+    return output[:, :channels], output[:, channels:]
+
+
 def check_learnable(table: Tensor) -> None:
     """Refuse a schedule whose variance has nothing to learn.
 

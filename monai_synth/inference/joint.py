@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from monai_synth.data.joint import check_value_range
 from monai_synth.diffusion import alphas_cumprod, clipped_prediction, make_sampler, predicted_x_0
+from monai_synth.diffusion.variance import split_output
 from monai_synth.errors import UserError
 from monai_synth.inference.conditioning import KNOWN_NOISES, KnownPart
 from monai_synth.inference.sampler import initial_noise, make_generators, sample
@@ -171,13 +172,4 @@ class JointInferer(Inferer):
 
     def _split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction and v, which has no channels if the variance is not learned."""
-        channels = x_t.shape[1]
-        wanted = channels * (2 if self.learned_variance else 1)
-        if output.shape[1] != wanted:
-            msg = (
-                f"the network gives {output.shape[1]} channels for {channels} of x_t, and learned_variance "
-                f"{self.learned_variance} needs {wanted}; give the learned_variance of its training"
-            )
-            raise UserError(msg)
-        output = output.to(x_t.dtype)
-        return output[:, :channels], output[:, channels:]
+        return split_output(output.to(x_t.dtype), x_t.shape[1], self.learned_variance)
