@@ -20,7 +20,7 @@ def split_by_class(
 
     Splits of the source are kept; the others are taken from its training images. Groups are taken by the rarest class
     in them, the larger ones first, each to the split that lacks most of that class. With one image per group every
-    class is within one image of its shares.
+    class is within one image of its shares. A split that would stay empty gets one group that another can spare.
 
     Args:
         found: the source.
@@ -63,6 +63,14 @@ def _stratify(counts: np.ndarray, shares: np.ndarray, seed: int) -> list[int]:
         column = int(np.lexsort((-in_all.round(9), -by_class.round(9)))[0])
         assigned[row] = column
         lacking[column] -= counts[row]
+    for column in sorted(set(range(len(shares))) - set(assigned)):  # few images: one from where most are too many
+        have = shares[:, None] * counts.sum(0) - lacking
+        spare = [row for row in order if (have[assigned[row]] > counts[row])[counts[row] > 0].all()]
+        if spare:
+            row = min(spare, key=lambda row: lacking[assigned[row], rarest[row]].round(9))
+            lacking[assigned[row]] += counts[row]
+            lacking[column] -= counts[row]
+            assigned[row] = column
     return assigned
 
 
