@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -256,13 +256,11 @@ def test_kather_tiles_are_prepared_by_class(test_data: Path, tmp_path: Path) -> 
     for k, num in expected.items():
         for split, share in zip(SPLITS, (0.8, 0.1, 0.1), strict=True):
             assert abs(sum(case["class"] == k for case in content[split]) - share * num) < 1
-    case = next(iter(cases))
-    image = Image.open(
-        next((folder / names[case["class"]]).glob(f"{case['case_id'][len(names[0]) + 1 :]}*"), None)
-        or next(p for p in folder.rglob("*") if p.stem and case["case_id"].endswith(p.stem))
-    )
-    small = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(np.moveaxis(read_image(tmp_path / "out" / case["image"]), 0, -1) - small).mean() < 2
+    path = next((folder / names[0]).iterdir())
+    small = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    case = cases_of(content)[f"{names[0]}_{path.stem}"]
+    image = np.moveaxis(read_image(tmp_path / "out" / case["image"]), 0, -1).astype(int)
+    np.testing.assert_allclose(image, np.asarray(small), atol=2)
 
 
 # ---- CSV
@@ -490,23 +488,21 @@ def test_grey_and_colour_together_are_refused_unless_all_become_grey(tmp_path: P
 
 
 @given(
-    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    sizes=st.lists(st.integers(3, 40), min_size=2, max_size=5),
     shares=st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.5, 0), (0.6, 0.15, 0.25), (0.34, 0.33, 0.33)]),
     seed=st.integers(0, 3),
 )
 def test_each_class_is_within_one_image_of_its_shares(sizes: list[int], shares: tuple[float, ...], seed: int) -> None:
     items = [Item(f"c{k}-{i}", "x", k) for k, num in enumerate(sizes) for i in range(num)]
     found = ClassSource("folders", [f"c{k}" for k in range(len(sizes))], items)
-    try:
-        split_of = split_by_class(found, {item.name: item.name for item in items}, shares, seed)
-    except UserError as error:
-        assert min(sizes) < 3 or sum(sizes) < 20, error
-        return
+    split_of = split_by_class(found, {item.name: item.name for item in items}, shares, seed)
+    assert set(split_of.values()) == {split for split, share in zip(SPLITS, shares, strict=True) if share}
     for k, num in enumerate(sizes):
         for split, share in zip(SPLITS, shares, strict=True):
             assert abs(sum(split_of[i.name] == split for i in items if i.label == k) - share * num) < 1 + 1e-6
 
 
+@settings(max_examples=20, deadline=None)
 @given(groups=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=60, max_size=90))
 def test_a_patient_is_in_one_split_and_classes_keep_near_their_shares(groups: list[list[int]]) -> None:
     groups = [*groups, *[[0], [1], [2]] * 5]
@@ -535,10 +531,8 @@ def test_patients_come_from_the_names_by_a_regular_expression(tmp_path: Path) ->
 def test_a_patient_in_two_given_splits_is_refused(tmp_path: Path) -> None:
     make_folders(tmp_path / "src" / "train", {"a": 3, "b": 3})
     make_folders(tmp_path / "src" / "test", {"a": 1, "b": 1})
-    assert (
-        "group a0 is in test and training" in (said := refusal(tmp_path / "src", tmp_path, group_regex=r"[ab]\d"))
-        or "group a0 is in training and test" in said
-    )
+    said = refusal(tmp_path / "src", tmp_path, group_regex=r"[ab]\d")
+    assert "group a0 is in training and test of the source" in said
 
 
 def test_the_seed_changes_the_split_and_nothing_else_changes_a_byte(tmp_path: Path) -> None:
