@@ -149,6 +149,8 @@ def test_an_npz_file_without_a_test_part_gives_it_from_its_training_images(tmp_p
         ({"train_labels": np.zeros((8, 1))}, "train_labels is float64 (8, 1); allowed are whole numbers"),
         ({"train_labels": np.array([[None]] * 8)}, "holds Python objects, which may run code"),
         ({"train_images": np.asfortranarray(picture(0, (8, 6, 6)))}, "Fortran order"),
+        ({"train_labels": np.array([0, 1, -1, 0, 0, 1, 0, 1])}, "train_labels[2] is -1; allowed are 0 to 1"),
+        ({"train_labels": np.array([0, 10**9] * 4)}, "a label is 1000000000, more than there are images"),
         ({"train_labels": np.array([0, 1, 2, -1, 0, 1, 0, 1])}, "train_labels[2] is 2; allowed are 0 to 1 (no, yes)"),
     ],
 )
@@ -240,6 +242,14 @@ def test_split_folders_are_kept_and_equal_names_are_told_apart(tmp_path: Path) -
     make_folders(tmp_path / "src" / "val", {"a": 1, "b": 1})
     content = prepare(tmp_path / "src", tmp_path / "out2")
     assert [len(content[s]) for s in SPLITS] == [20, 2, 5]
+
+
+def test_a_split_may_lack_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folders(tmp_path / "src" / "train", {"a": 5, "b": 5})
+    make_folders(tmp_path / "src" / "test", {"b": 3})
+    content = prepare(tmp_path / "src", tmp_path / "out")
+    assert content["source"]["num_cases"]["test"] == {"a": 0, "b": 3}
+    assert "no image of a in test" in caplog.text
 
 
 def test_kather_tiles_are_prepared_by_class(test_data: Path, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from monai_synth.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _IMAGES_PER_WORKER = 200  # a worker's start costs about as much
+_WRITERS, _BATCH = 8, 64  # threads and images in memory for an npz file: its time goes into waiting for the disk
 _TEXT_SIDE, _TEXT_CROP, _TEXT_SIZE = 256, 224, (28, 28)
 
 
@@ -396,9 +399,10 @@ def _prepare_all(
 
 def _from_archive(tasks: Sequence[ClassTask], folder: Path) -> Iterator[ClassResult | Problem | None]:
     by_name = {task.item.name: task for task in tasks}
-    for name, image in read_images(Path(tasks[0].item.path)):
-        if name in by_name:
-            yield prepare_image(by_name[name], folder, Picture(image, (1.0, 1.0)))
+    images = ((by_name[name], image) for name, image in read_images(Path(tasks[0].item.path)) if name in by_name)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        while batch := list(islice(images, _BATCH)):
+            yield from pool.map(lambda pair: prepare_image(pair[0], folder, Picture(pair[1], (1.0, 1.0))), batch)
 
 
 def _head(

@@ -60,6 +60,8 @@ def find_in_npz(path: Path, classes: Sequence[str] | None = None) -> tuple[Class
         got = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
         raise UserError(f"{path}: images of different form ({got}); prepare them apart")
     top = max((int(values.max()) for values in labels.values() if values.size), default=0)
+    if top >= sum(len(values) for values in labels.values()):
+        raise UserError(f"{path}: a label is {top}, more than there are images; number the classes 0, 1, ...")
     found.classes = list(classes or names or [str(number) for number in range(top + 1)])
     found.given_splits = tuple(split for split in parts if split != "training")
     for split, part in parts.items():

@@ -102,8 +102,9 @@ def find_in_folders(source: Path, classes: Sequence[str] | None = None) -> Class
     for split, part in parts.items():
         _tell_strangers(source / part, set(found.classes), found)
         for label, name in enumerate(found.classes):
-            for key, path in image_files(source / part / name, found.problems):
-                items.append((part, Item(f"{name}/{key}", path, label, split)))
+            if (source / part / name).is_dir():  # a split may lack a class
+                for key, path in image_files(source / part / name, found.problems):
+                    items.append((part, Item(f"{name}/{key}", path, label, split)))
     twice = len({(part, item.name) for part, item in items}) > len({item.name for _, item in items})
     found.items = [replace(item, name=f"{part}/{item.name}") if twice else item for part, item in items]
     for label, name in enumerate(found.classes):
