@@ -93,6 +93,39 @@ def _prepare_pairs(arguments: argparse.Namespace) -> None:
     )
 
 
+def _prepare_classes(arguments: argparse.Namespace) -> None:
+    from monai_synth.data.classes import prepare_classes
+
+    prepare_classes(
+        arguments.source,
+        arguments.out,
+        classes=arguments.classes,
+        class_names=arguments.class_names,
+        table=arguments.csv,
+        path_column=arguments.path_column,
+        label_column=arguments.label_column,
+        patient_column=arguments.patient_column,
+        split_column=arguments.split_column,
+        chexpert=arguments.chexpert,
+        observation=arguments.observation,
+        uncertain=arguments.uncertain,
+        size=arguments.size,
+        text_transform=arguments.text_transform,
+        window=arguments.window,
+        percentiles=arguments.percentiles,
+        grey=arguments.grey,
+        modality=arguments.modality,
+        group_regex=arguments.group_regex,
+        anonymize_ids=arguments.anonymize_ids,
+        splits=tuple(arguments.splits),
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+        skip_bad=arguments.skip_bad,
+        overwrite=arguments.overwrite,
+        name=arguments.name,
+    )
+
+
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
     given = {name: value for name in _PHANTOM_KIND if (value := getattr(arguments, name)) is not None}
     for name in given:
@@ -244,6 +277,15 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         )
     )
 
+    _add_classes(
+        sources.add_parser(
+            "classes",
+            help="images with one class each: MedMNIST npz, a folder per class, CSV, CheXpert",
+            description="Read a MedMNIST npz file, a folder for each class (SRC/normal/a.png; also below SRC/train, "
+            "SRC/val, SRC/test), images listed in a CSV file, or CheXpert; write images of one form with a split.",
+        )
+    )
+
     phantom = sources.add_parser(
         "phantom",
         help="artificial data to try out: thorax CT in the form of LIDC-IDRI, or stained nuclei with masks",
@@ -323,36 +365,109 @@ def _add_pairs(pairs: argparse.ArgumentParser) -> None:
         metavar="N",
         help="distance of tiles; pixels, 1 or more, at most the patch size (default: the patch size)",
     )
+    _add_intensities(pairs)
     pairs.add_argument(
+        "--test-dir",
+        metavar="DIR",
+        help="another folder like SRC, all of it for the test split (default: none)",
+    )
+    _add_patients_and_run(pairs)
+
+
+def _add_classes(classes: argparse.ArgumentParser) -> None:
+    classes.set_defaults(call=_prepare_classes)
+    classes.add_argument("source", metavar="SRC", help="npz file, or folder that holds the images")
+    classes.add_argument("out", metavar="OUT", help="folder to write; dataset.json and images/ go into it")
+    classes.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="folders or labels in the order of the classes; for npz the names of 0, 1, ... (default: all, sorted)",
+    )
+    classes.add_argument(
+        "--class-names",
+        nargs="+",
+        metavar="NAME",
+        help="what to call the classes, in the same order (default: as SRC does)",
+    )
+    classes.add_argument(
+        "--csv", metavar="FILE", help="CSV file with a line for each image of SRC (default: a folder for each class)"
+    )
+    for option, text in {
+        "--path-column": "paths, below SRC (default: path)",
+        "--label-column": "classes (default: label)",
+        "--patient-column": "patients (default: patient, where it is there)",
+        "--split-column": "train, val and test (default: split, where it is there)",
+    }.items():
+        classes.add_argument(option, metavar="NAME", help=f"column of the CSV file with the {text}")
+    classes.add_argument(
+        "--chexpert",
+        action="store_true",
+        help="SRC is CheXpert, with train.csv and valid.csv; lateral images are left out (default: it is not)",
+    )
+    classes.add_argument(
+        "--observation",
+        default="Pneumonia",
+        metavar="NAME",
+        help="column of CheXpert; the classes are without (0, blank) and with it (default: %(default)s)",
+    )
+    classes.add_argument(
+        "--uncertain",
+        choices=("zeros", "ones", "ignore"),
+        default="zeros",
+        help="take CheXpert's -1 as without, as with, or leave the image out (default: %(default)s)",
+    )
+    classes.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="scale to cover N x N or H W and cut the centre; pixels, 1 or more (default: keep the size; 28 with "
+        "--text-transform)",
+    )
+    classes.add_argument(
+        "--text-transform",
+        action="store_true",
+        help="as the X-ray text: short side to 256, centre 224 x 224, then --size (default: --size alone)",
+    )
+    _add_intensities(classes)
+    _add_patients_and_run(classes)
+
+
+def _add_intensities(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--window",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="values to become 0 and 255, for CT in HU (default: 8-bit images are kept, see --percentiles)",
     )
-    pairs.add_argument(
+    parser.add_argument(
         "--percentiles",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="of each image, to become 0 and 255; 0 to 100 (default: 0.5 99.5 unless all images have 8 bits)",
     )
-    pairs.add_argument("--grey", action="store_true", help="make RGB images grey (default: keep the colours)")
-    pairs.add_argument(
+    parser.add_argument("--grey", action="store_true", help="make RGB images grey (default: keep the colours)")
+    parser.add_argument(
         "--modality", metavar="NAME", help="what the images are, such as MR (default: what their files say)"
     )
-    pairs.add_argument(
+
+
+def _add_patients_and_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--group-regex",
         metavar="RE",
         help="names the patient in an image's name by its first group, or the whole match; a patient is in one split "
-        "only (default: each image is a patient; for DICOM the PatientID)",
+        "only (default: the PatientID of DICOM, the patient of a CSV file, else each image)",
     )
-    pairs.add_argument(
+    parser.add_argument(
         "--anonymize-ids",
         action="store_true",
         help="number patients and cases (default: keep the files' names; DICOM is always numbered)",
     )
-    pairs.add_argument(
+    parser.add_argument(
         "--splits",
         type=float,
         nargs=3,
@@ -361,24 +476,19 @@ def _add_pairs(pairs: argparse.ArgumentParser) -> None:
         help="parts of the patients, each from 0 to 1, together 1; splits that SRC gives are kept "
         "(default: 0.8 0.1 0.1)",
     )
-    pairs.add_argument(
-        "--test-dir",
-        metavar="DIR",
-        help="another folder like SRC, all of it for the test split (default: none)",
-    )
-    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; 0 or more (default: 0)")
-    _add_workers(pairs)
-    pairs.add_argument(
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; 0 or more (default: 0)")
+    _add_workers(parser)
+    parser.add_argument(
         "--skip-bad",
         action="store_true",
         help="report unusable files and go on (default: report them and stop)",
     )
-    pairs.add_argument(
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace a dataset that is in OUT (default: keep it and stop)",
     )
-    pairs.add_argument("--name", metavar="NAME", help="of the dataset (default: that of the folder SRC)")
+    parser.add_argument("--name", metavar="NAME", help="of the dataset (default: that of SRC)")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

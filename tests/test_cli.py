@@ -26,12 +26,14 @@ from monai_synth.errors import UserError
 VERBS = {
     "prepare lidc": ("monai_synth.data.lidc", "prepare_lidc"),
     "prepare pairs": ("monai_synth.data.pairs", "prepare_pairs"),
+    "prepare classes": ("monai_synth.data.classes", "prepare_classes"),
     "prepare phantom": ("monai_synth.data.phantom", "write_phantom"),
     "evaluate semantic": ("monai_synth.evaluate.folders", "evaluate_folders"),
 }
 PLACES = {
     "prepare lidc": ["SRC", "OUT"],
     "prepare pairs": ["SRC", "OUT"],
+    "prepare classes": ["SRC", "OUT"],
     "prepare phantom": ["OUT"],
     "evaluate semantic": ["A", "B"],
 }
@@ -90,6 +92,20 @@ def test_the_defaults_are_those_of_the_function(verb: str, monkeypatch: pytest.M
         ("prepare pairs", ["--splits", "0.5", "0", "0.5", "--seed", "3"], {"splits": (0.5, 0.0, 0.5), "seed": 3}),
         ("prepare pairs", ["--test-dir", "t", "--workers", "2"], {"test_dir": "t", "num_workers": 2}),
         ("prepare pairs", ["--skip-bad", "--overwrite"], {"skip_bad": True, "overwrite": True}),
+        ("prepare classes", ["--classes", "a", "b", "--class-names", "x", "y"], {"classes": ["a", "b"]}),
+        ("prepare classes", ["--class-names", "x", "y"], {"class_names": ["x", "y"]}),
+        ("prepare classes", ["--csv", "t.csv", "--path-column", "p"], {"table": "t.csv", "path_column": "p"}),
+        ("prepare classes", ["--label-column", "l", "--split-column", "s"], {"label_column": "l", "split_column": "s"}),
+        ("prepare classes", ["--patient-column", "p"], {"patient_column": "p"}),
+        ("prepare classes", ["--chexpert", "--observation", "Edema"], {"chexpert": True, "observation": "Edema"}),
+        ("prepare classes", ["--uncertain", "ignore", "--size", "64"], {"uncertain": "ignore", "size": [64]}),
+        ("prepare classes", ["--text-transform", "--grey"], {"text_transform": True, "grey": True}),
+        ("prepare classes", ["--window", "0", "9", "--modality", "CR"], {"window": [0.0, 9.0], "modality": "CR"}),
+        ("prepare classes", ["--percentiles", "1", "99", "--name", "n"], {"percentiles": [1.0, 99.0], "name": "n"}),
+        ("prepare classes", ["--group-regex", "^.", "--anonymize-ids"], {"group_regex": "^.", "anonymize_ids": True}),
+        ("prepare classes", ["--splits", "1", "0", "0", "--seed", "3"], {"splits": (1.0, 0.0, 0.0), "seed": 3}),
+        ("prepare classes", ["--workers", "2"], {"num_workers": 2}),
+        ("prepare classes", ["--skip-bad", "--overwrite"], {"skip_bad": True, "overwrite": True}),
         (
             "prepare phantom",
             ["--patients", "3", "--slices", "5"],

@@ -77,7 +77,8 @@ def read_dataset(dataset_dir: str | Path, *, task: str | None = None) -> Prepare
     """
     root = Path(dataset_dir).expanduser().absolute()
     path = root / "dataset.json"
-    remedy = f"write one with `monai-synth prepare {task or 'lidc|pairs'} SRC OUT` and give its folder as --dataset_dir"
+    command = f"monai-synth prepare {task or 'lidc|pairs|classes'} SRC OUT"
+    remedy = f"write one with `{command}` and give its folder as --dataset_dir"
     if not root.is_dir():
         raise UserError(f"dataset_dir {root} is not a folder; {remedy}")
     if not path.is_file():

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,24 @@ from monai_synth.data.datalist import SPLITS
 from monai_synth.data.lidc_series import Problem
 from monai_synth.data.pair_files import FILE_ENDINGS
 from monai_synth.data.pairs_output import PairResult, PairTask, Recipe, prepare_pair
-from monai_synth.data.pairs_read import Form, inspect_image
+from monai_synth.data.pairs_read import Form
 from monai_synth.data.pairs_source import Pair, PairSource, find_pairs, plain
-from monai_synth.data.whole_folder import cannot_write, check_output, whole_folder
+from monai_synth.data.prepare_shared import (
+    PERCENTILES,
+    check_places,
+    check_settings,
+    count_copies,
+    given_split_of_groups,
+    groups_by_regex,
+    inspect_forms,
+    kind_of,
+    refuse_or_count,
+)
+from monai_synth.data.whole_folder import cannot_write, whole_folder
 from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-_MAX_REPORTED = 10
-_PERCENTILES = (0.5, 99.5)
 _PAIRS_PER_WORKER = 50  # of 0.25 megapixel; a worker's start costs about as much
 
 
@@ -122,9 +129,10 @@ def prepare_pairs(
         "seed": int(seed),
     }
     _check_settings(settings)
-    _check_places(source, test, out, overwrite)
+    check_places([source] if test is None else [source, test], out, overwrite)
     found = find_pairs(source, image_dir=image_dir, label_dir=label_dir, label_suffix=label_suffix, test_dir=test)
-    forms = _inspect(found, grey, progress)
+    forms = inspect_forms({pair.name: pair.images for pair in found.pairs}, grey, found.problems, progress)
+    found.pairs = [pair for pair in found.pairs if pair.name in forms]
     _refuse_nothing(found, source)
     label_names, values = _labels(settings, found)
     recipe = _recipe(settings, forms, label_names, values)
@@ -138,7 +146,7 @@ def prepare_pairs(
     with whole_folder(out, overwrite=overwrite) as folder:
         try:
             results = _prepare_all(tasks, folder, workers, found, progress)
-            _refuse_or_count(found, source, skip_bad)
+            refuse_or_count(found.problems, found.ignored, source, skip_bad)
             _refuse_nothing(found, source)
             _refuse_several_values(results)
             split_of = split_groups(found, group_of, settings["splits"], seed)
@@ -173,14 +181,7 @@ def split_groups(found: PairSource, group_of: Mapping[str, str], splits: Sequenc
     Raises:
         UserError: fewer groups than splits, or a group in two splits of the source.
     """
-    given: dict[str, str] = {}
-    for pair in found.pairs:
-        group, split = group_of[pair.name], pair.split
-        if given.setdefault(group, split) != split:
-            both = " and ".join(sorted((given[group], split), key=SPLITS.index))
-            raise UserError(
-                f"group {group} is in {both} of the source; move its images into one, or change --group-regex"
-            )
+    given = given_split_of_groups((group_of[pair.name], pair.split) for pair in found.pairs)
     pool = sorted(group for group, split in given.items() if split == "training")
     shares = {s: share for s, share in zip(SPLITS, splits, strict=True) if share > 0 and s not in found.given_splits}
     if len(pool) < len(shares):
@@ -214,73 +215,13 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ("size", "two or three numbers of pixels, 1 or more", lambda v: len(v) in (2, 3) and min(v) >= 1),
         ("patch_size", "two or three numbers of pixels, 1 or more", lambda v: len(v) in (2, 3) and min(v) >= 1),
         ("stride", "1 or more (pixels)", lambda v: v >= 1),
-        ("window", "two values, the lower one first", lambda v: len(v) == 2 and v[0] < v[1]),
-        (
-            "percentiles",
-            "two values from 0 to 100, the lower one first",
-            lambda v: len(v) == 2 and 0 <= v[0] < v[1] <= 100,
-        ),
-        (
-            "splits",
-            "three shares of 0 or more that add up to 1, the first above 0",
-            lambda v: len(v) == 3 and min(v) >= 0 and v[0] > 0 and abs(sum(v) - 1) < 1e-6,
-        ),
-        ("seed", "0 or more", lambda v: v >= 0),
     )
-    for key, allowed, is_right in checks:
-        if settings[key] is not None and not is_right(settings[key]):
-            raise UserError(f"{key} is {settings[key]}; allowed is {allowed}. Change --{key.replace('_', '-')}")
+    check_settings(settings, checks)
     stride, patch = settings["stride"], settings["patch_size"]
     if stride is not None and (patch is None or stride > min(patch)):
         raise UserError(f"stride is {stride}, patch_size {patch}; a stride is at most the patch size. Change --stride")
-    if settings["window"] is not None and settings["percentiles"] is not None:
-        raise UserError("window and percentiles are given; one of them sets the intensities. Leave one out")
     if settings["threshold"] is not None and (len(settings["labels"] or ()) > 1 or settings["label_values"]):
         raise UserError("threshold makes one label, but labels or values of labels are given; leave one of them out")
-    try:
-        re.compile(settings["group_regex"] or "")
-    except re.error as error:
-        raise UserError(f"group_regex {settings['group_regex']!r} is no regular expression ({error})") from error
-
-
-def _check_places(source: Path, test: Path | None, out: Path, overwrite: bool) -> None:
-    real_out = out.resolve()
-    for place in [source] if test is None else [source, test]:
-        real = place.resolve()
-        if real == real_out or real_out in real.parents or real in real_out.parents:
-            raise UserError(f"output {out} is, holds or lies in the source {place}; name a folder outside it")
-    check_output(out, overwrite=overwrite)
-
-
-def _inspect(found: PairSource, grey: bool, progress: bool) -> dict[str, Form]:
-    """Form of each image, as it will be written, by name of the pair; pairs of an unusual form become problems."""
-    forms: dict[str, Form] = {}
-    for pair in tqdm(found.pairs, desc="reading headers", unit="image", disable=not progress):
-        try:
-            files = [inspect_image(path) for path in pair.images]
-        except UserError as error:
-            found.problems.append(Problem("unusable", str(error)))
-            continue
-        channels = sum(form.channels for form in files)
-        channels = 1 if grey and (files[0].spatial_dims, channels) == (2, 3) else channels
-        eight_bit = all(form.eight_bit for form in files)
-        forms[pair.name] = replace(files[0], channels=channels, eight_bit=eight_bit)
-    kinds = Counter(_kind_of(form) for form in forms.values())
-    usual = max(kinds, key=lambda kind: (kinds[kind], kind), default=None)
-    for pair in found.pairs:
-        form = forms.get(pair.name)
-        if form is not None and _kind_of(form) != usual:
-            got, wanted = (f"{dims}-D with {n} channel(s)" for dims, n in (_kind_of(form), usual))
-            remedy = "prepare them apart" if grey or form.spatial_dims == 3 else "make all alike, or give --grey"
-            msg = f"{pair.images[0]}: {got}, most of the others are {wanted}; {remedy}"
-            found.problems.append(Problem("other_form", msg))
-            del forms[pair.name]
-    found.pairs = [pair for pair in found.pairs if pair.name in forms]
-    return forms
-
-
-def _kind_of(form: Form) -> tuple[int, int]:
-    return form.spatial_dims, form.channels
 
 
 def _labels(settings: Mapping[str, Any], found: PairSource) -> tuple[list[str], tuple[int, ...] | None]:
@@ -298,7 +239,7 @@ def _labels(settings: Mapping[str, Any], found: PairSource) -> tuple[list[str], 
 def _recipe(
     settings: Mapping[str, Any], forms: Mapping[str, Form], names: Sequence[str], values: tuple[int, ...] | None
 ) -> Recipe:
-    dims, channels = _kind_of(next(iter(forms.values())))
+    dims, channels = kind_of(next(iter(forms.values())))
     if settings["grey"] and (dims, channels) != (2, 1):
         raise UserError(f"grey is set, but the images are {dims}-D with {channels} channel(s); leave --grey out")
     if dims == 2 and channels not in (1, 3):
@@ -308,7 +249,7 @@ def _recipe(
             raise UserError(f"{key} is {settings[key]}, the images have {dims} axes; give one number for each")
     percentiles = settings["percentiles"]
     if settings["window"] is None and percentiles is None and not all(form.eight_bit for form in forms.values()):
-        percentiles = _PERCENTILES
+        percentiles = PERCENTILES
     lists = {key: settings[key] and tuple(settings[key]) for key in ("window", "size", "patch_size")}
     return Recipe(
         spatial_dims=dims,
@@ -327,17 +268,7 @@ def _groups(found: PairSource, forms: Mapping[str, Form], regex: str | None) -> 
     """Group by name of the pair."""
     if regex is None:
         return {pair.name: forms[pair.name].patient or pair.name for pair in found.pairs}
-    groups, missed = {}, []
-    for pair in found.pairs:
-        match = re.search(regex, pair.key)
-        if match is None or not (match[1] if match.re.groups else match[0]):
-            missed.append(pair.key)
-        else:
-            groups[pair.name] = match[1] if match.re.groups else match[0]
-    if missed:
-        shown = ", ".join(missed[:_MAX_REPORTED])
-        raise UserError(f"group_regex {regex!r} finds no group in {len(missed)} name(s): {shown}; change --group-regex")
-    return groups
+    return groups_by_regex({pair.name: pair.key for pair in found.pairs}, regex)
 
 
 def _tasks(found: PairSource, group_of: Mapping[str, str], recipe: Recipe, serial: bool) -> list[PairTask]:
@@ -373,25 +304,11 @@ def _prepare_all(
     return sorted(results, key=lambda result: result.task.case_id)
 
 
-def _refuse_or_count(found: PairSource, source: Path, skip_bad: bool) -> None:
-    lines = sorted(problem.message for problem in found.problems)
-    if lines and not skip_bad:
-        shown = lines[:_MAX_REPORTED]
-        if len(lines) > len(shown):
-            shown.append(f"... and {len(lines) - len(shown)} more")
-        head = f"source {source} has {len(lines)} unusable file(s), so nothing is written; "
-        raise UserError("\n  ".join([head + "mend them, or prepare the rest with --skip-bad:", *shown]))
-    for line in lines:
-        _LOG.warning("left out: %s", line)
-    for reason, number in found.ignored.items():
-        _LOG.warning("left out: %d file(s), %s", number, reason)
-
-
 def _refuse_nothing(found: PairSource, source: Path) -> None:
     if found.pairs:
         return
     if found.problems:
-        _refuse_or_count(found, source, skip_bad=False)
+        refuse_or_count(found.problems, found.ignored, source, skip_bad=False)
     raise UserError(f"source {source} holds no pair; its folders of images and masks are empty")
 
 
@@ -465,24 +382,7 @@ def _source(
         "num_groups": len({group_of[pair.name] for pair in found.pairs}),
         "num_cases": sum(len(result.cases) for result in results),
         "num_cases_with": dict(zip(labels, num_with, strict=True)),
-        "num_repeated_images": _repeated(group_of, results),
+        "num_repeated_images": count_copies((r.task.pair.name, group_of[r.task.pair.name], r.digest) for r in results),
         "ignored": dict(sorted(found.ignored.items())),
         "bad": dict(sorted(Counter(problem.code for problem in found.problems).items())),
     }
-
-
-def _repeated(group_of: Mapping[str, str], results: Sequence[PairResult]) -> int:
-    """How many images are copies of one of another group; they may come into different splits."""
-    first: dict[str, PairResult] = {}
-    copies = []
-    for result in results:
-        other = first.setdefault(result.digest, result)
-        if group_of[result.task.pair.name] != group_of[other.task.pair.name]:
-            copies.append(f"{result.task.pair.name} is {other.task.pair.name}")
-    if copies:
-        _LOG.warning(
-            "%d image(s) are copies of another patient's (%s); a copy may be tested on that was trained on",
-            len(copies),
-            ", ".join(copies[:_MAX_REPORTED]),
-        )
-    return len(copies)

@@ -102,7 +102,7 @@ def prepare_pair(task: PairTask, folder: Path) -> PairResult | Problem | None:
     try:
         picture, mask = read_picture(pair.images), read_mask(pair.label)
         _check_places(picture, mask, pair)
-        image = to_uint8(picture, recipe)
+        image = to_uint8(picture, recipe.window, recipe.percentiles, recipe.grey)
         if (image.ndim - 1, len(image)) != (recipe.spatial_dims, recipe.channels):
             raise UserError(f"{pair.images[0]}: its header and its pixels differ in form; write the file again")
         label, value = to_labels(mask, recipe, pair.label)
@@ -125,16 +125,21 @@ def prepare_pair(task: PairTask, folder: Path) -> PairResult | Problem | None:
     return result
 
 
-def to_uint8(picture: Picture, recipe: Recipe) -> np.ndarray:
-    """Image uint8 (C, *S): kept, or a window or percentiles of each channel spread over 0 to 255."""
+def to_uint8(
+    picture: Picture,
+    window: Sequence[float] | None = None,
+    percentiles: Sequence[float] | None = None,
+    grey: bool = False,
+) -> np.ndarray:
+    """Image uint8 (C, *S): kept, or a window or percentiles of each channel spread over 0 to 255; RGB made grey."""
     values = picture.values
-    if recipe.window is not None:
-        values = _spread(values, *recipe.window)
-    elif recipe.percentiles is not None:
-        values = np.stack([_spread(channel, *np.percentile(channel, recipe.percentiles)) for channel in values])
+    if window is not None:
+        values = _spread(values, *window)
+    elif percentiles is not None:
+        values = np.stack([_spread(channel, *np.percentile(channel, percentiles)) for channel in values])
     if picture.inverted:
         values = 255 - values
-    if recipe.grey and len(values) == 3:
+    if grey and len(values) == 3:
         values = np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1))).convert("L"))[None]
     return values
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from monai_synth.data.lidc_source import files_below
 from monai_synth.data.pairs_read import ENDINGS, ending_of
 from monai_synth.errors import UserError
 
-_SPLIT_FOLDERS = {
+SPLIT_FOLDERS = {
     "training": ("train", "training"),
     "validation": ("val", "validation", "valid"),
     "test": ("test", "testing"),
@@ -136,12 +136,12 @@ def _parts(source: Path, image_dir: str, label_dir: str, found: PairSource) -> l
     whole = source / image_dir
     above = [  # train/images
         _part(split, folder, source / folder, image_dir, label_dir)
-        for split, folder in _split_folders(source)
+        for split, folder in split_folders(source)
         if not whole.is_dir() and (source / folder / image_dir).is_dir()
     ]
     below = [  # images/train
         _part(split, folder, source, f"{image_dir}/{folder}", f"{label_dir}/{folder}")
-        for split, folder in (_split_folders(whole) if _holds_only_splits(whole) else [])
+        for split, folder in (split_folders(whole) if _holds_only_splits(whole) else [])
     ]
     parts = above or below
     if not parts and whole.is_dir():
@@ -158,14 +158,14 @@ def _parts(source: Path, image_dir: str, label_dir: str, found: PairSource) -> l
     return parts
 
 
-def _split_folders(folder: Path) -> list[tuple[str, str]]:
+def split_folders(folder: Path) -> list[tuple[str, str]]:
     """Splits with the names of their folders in ``folder``."""
-    return [(split, name) for split, names in _SPLIT_FOLDERS.items() for name in names if (folder / name).is_dir()]
+    return [(split, name) for split, names in SPLIT_FOLDERS.items() for name in names if (folder / name).is_dir()]
 
 
 def _holds_only_splits(folder: Path) -> bool:
     inside = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
-    return "training" in dict(_split_folders(folder)) and inside == {name for _, name in _split_folders(folder)}
+    return "training" in dict(split_folders(folder)) and inside == {name for _, name in split_folders(folder)}
 
 
 def _part(split: str, folder: str, root: Path, image_dir: str, label_dir: str) -> _Part:
@@ -249,6 +249,18 @@ def _by_key(folder: Path, found: PairSource) -> dict[str, str]:
     """Path by key; files of unknown kind and two files of one key are problems."""
     problems = found.problems
     paths: dict[str, list[str]] = defaultdict(list)
+    for key, path in image_files(folder, problems):
+        paths[key].append(path)
+    for several in paths.values():
+        if len(several) > 1:
+            msg = f"{several[0]}: the same stem as {', '.join(several[1:])}; keep one"
+            problems.append(Problem("duplicate_stem", msg))
+            found.repeated.add(several[0])
+    return {key: several[0] for key, several in paths.items()}
+
+
+def image_files(folder: Path, problems: list[Problem]) -> Iterator[tuple[str, str]]:
+    """Key (path below ``folder`` without its ending, with "/") and path of all images; unknown kinds are problems."""
     for path in sorted(files_below(folder, (), problems)):
         name = os.path.basename(path)
         if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
@@ -259,13 +271,7 @@ def _by_key(folder: Path, found: PairSource) -> dict[str, str]:
             problems.append(Problem("unknown_ending", f"{path}: no image that can be read; allowed are {allowed}"))
             continue
         relative = Path(path).relative_to(folder).as_posix()
-        paths[relative[: len(relative) - len(ending)]].append(path)
-    for several in paths.values():
-        if len(several) > 1:
-            msg = f"{several[0]}: the same stem as {', '.join(several[1:])}; keep one"
-            problems.append(Problem("duplicate_stem", msg))
-            found.repeated.add(several[0])
-    return {key: several[0] for key, several in paths.items()}
+        yield relative[: len(relative) - len(ending)], path
 
 
 def _by_channel(images: Mapping[str, str], found: PairSource) -> dict[str, tuple[str, ...]]:
