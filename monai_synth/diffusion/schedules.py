@@ -67,8 +67,7 @@ def add_noise(schedule: Schedule | Tensor, x_0: Tensor, eps: Tensor, t: Tensor) 
     Returns:
         x_t, of the shape and type of x_0.
     """
-    table = _table(schedule).to(t.device)
-    abar = table[t].view(-1, *[1] * (x_0.ndim - 1))
+    abar = _abar(_table(schedule), t, x_0)
     return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * eps
 
 
@@ -93,7 +92,7 @@ def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, *, 
         return eps
     if kind == "sample":
         return x_0
-    abar = _table(schedule if table is None else table).to(t.device)[t].view(-1, *[1] * (x_0.ndim - 1))
+    abar = _abar(_table(schedule if table is None else table), t, x_0)
     return abar.sqrt().to(x_0) * eps - (1 - abar).sqrt().to(x_0) * x_0
 
 
@@ -115,7 +114,7 @@ def predicted_x_0(
     kind = schedule.get("prediction_type", "epsilon")
     if kind == "sample":
         return prediction
-    abar = _table(schedule if table is None else table).to(t.device)[t].view(-1, *[1] * (x_t.ndim - 1))
+    abar = _abar(_table(schedule if table is None else table), t, x_t)
     if kind == "epsilon":
         return (x_t - (1 - abar).sqrt().to(x_t) * prediction) / abar.sqrt().to(x_t)
     return abar.sqrt().to(x_t) * x_t - (1 - abar).sqrt().to(x_t) * prediction
@@ -150,7 +149,7 @@ def clipped_prediction(
     if kind == "sample":
         return prediction + change
     # x_t stays, so a change of x_0 changes eps by -sqrt(abar / (1 - abar)), v by -sqrt(1 / (1 - abar)) as much.
-    abar = table.to(t.device)[t].view(-1, *[1] * (x_t.ndim - 1))
+    abar = _abar(table, t, x_t)
     factor = abar / (1 - abar) if kind == "epsilon" else 1 / (1 - abar)
     return prediction - factor.sqrt().to(x_t) * change
 
@@ -253,6 +252,11 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, learned_varia
 
 def _table(schedule: Schedule | Tensor) -> Tensor:
     return schedule if isinstance(schedule, Tensor) else alphas_cumprod(schedule)
+
+
+def _abar(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """The table at t (B,), float64, to be broadcast against ``like`` (B, ...)."""
+    return table.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
 
 def _checked(schedule: Schedule) -> tuple[int, str, float, float]:
