@@ -40,6 +40,10 @@ class PreparedDataset:
     def labels(self) -> dict[str, int]:
         return {str(k): int(v) for k, v in self.content.get("labels", {}).items()}
 
+    @property
+    def classes(self) -> dict[str, int]:
+        return {str(k): int(v) for k, v in self.content.get("classes", {}).items()}
+
     def datalist(self, split: str) -> list[dict[str, Any]]:
         """Cases of a split with absolute paths.
 
