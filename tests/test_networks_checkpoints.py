@@ -121,6 +121,20 @@ def test_half_an_output_projection_is_not_taken_for_none():
         ours(2).load_monai_state_dict(state)
 
 
-def test_class_embeddings_are_refused():
+def test_class_embeddings_load_and_compute_the_same():
+    other, own = theirs(DiffusionModelUNet, 2, num_class_embeds=3), ours(2, spade_in=(), num_class_embeds=3)
+    own.load_monai_state_dict(other.state_dict())
+    x, t, labels = torch.randn(3, 3, 16, 16), torch.tensor([5, 500, 900]), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(own(x, t, class_labels=labels), other(x, t, class_labels=labels))
+        assert not torch.equal(own(x, t, class_labels=labels), own(x, t, class_labels=labels.flip(0)))
+
+
+def test_class_embeddings_for_a_network_without_classes_are_refused():
     with pytest.raises(UserError, match=r"1 unknown: class_embedding\.weight"):
         ours(2, spade_in=()).load_monai_state_dict(theirs(DiffusionModelUNet, 2, num_class_embeds=3).state_dict())
+
+
+def test_a_network_with_classes_asks_for_them():
+    with pytest.raises(UserError, match=r"knows 3 classes and needs `class_labels`"):
+        ours(2, spade_in=(), num_class_embeds=3)(torch.randn(1, 3, 16, 16), torch.tensor([5]))

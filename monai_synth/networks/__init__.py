@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from monai_synth.networks.class_unet import ClassUNet
 from monai_synth.networks.joint_unet import JointUNet
 from monai_synth.networks.noisy_classifier import NoisyClassifier
 from monai_synth.networks.spade import SPADE, pool_semantic
 from monai_synth.networks.spade_unet import SPADEUNet
 
-__all__ = ["SPADE", "JointUNet", "NoisyClassifier", "SPADEUNet", "pool_semantic"]
+__all__ = ["SPADE", "ClassUNet", "JointUNet", "NoisyClassifier", "SPADEUNet", "pool_semantic"]

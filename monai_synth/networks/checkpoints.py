@@ -72,8 +72,7 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         msg = (
             f"These weights do not fit {type(network).__name__} ({'; '.join(found)}). Build the network"
             " with the options of the training (weights of MONAI: time_scale_shift=False and, with SPADE,"
-            " spade_in=('up',) and spade_variant='monai'). Cross-attention and class embeddings are not"
-            " supported."
+            " spade_in=('up',) and spade_variant='monai'). Cross-attention is not supported."
         )
         raise UserError(msg)
     network.load_state_dict(dict(state_dict))

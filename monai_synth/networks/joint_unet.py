@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from monai_synth.errors import UserError
+from monai_synth.networks.plain_unet import plain_levels
 from monai_synth.networks.spade_unet import SPADEUNet
 
 
@@ -53,27 +53,22 @@ class JointUNet(SPADEUNet):
         time_scale_shift: bool = True,
         use_checkpoint: bool = False,
     ) -> None:
-        factor = 2 ** (len(channel_mult) - 1)
-        if len(image_size) != spatial_dims or any(s < factor or s % factor for s in image_size):
-            msg = (
-                f"image_size {list(image_size)} does not fit a {spatial_dims}-D network of {len(channel_mult)} levels; "
-                f"give {spatial_dims} sizes that are multiples of {factor}, or another channel_mult"
-            )
-            raise UserError(msg)
-        channels = [base_channels * m for m in channel_mult]
-        if any(c % num_heads for c in channels):
-            raise UserError(f"num_heads {num_heads} does not divide the channels {channels}; choose others")
-        sizes = [min(image_size) // 2**level for level in range(len(channels))]
+        levels = plain_levels(
+            image_size,
+            spatial_dims=spatial_dims,
+            base_channels=base_channels,
+            channel_mult=channel_mult,
+            attention_resolutions=attention_resolutions,
+            num_heads=num_heads,
+        )
         in_channels = image_channels + label_channels
         super().__init__(
             spatial_dims,
             in_channels,
             in_channels * (2 if learned_variance else 1),
             label_nc=0,
-            channels=channels,
-            attention_levels=[size in attention_resolutions for size in sizes],
+            **levels,
             num_res_blocks=num_res_blocks,
-            num_head_channels=[c // num_heads for c in channels],
             norm_num_groups=norm_num_groups,
             norm_eps=1e-5,
             spade_in=(),

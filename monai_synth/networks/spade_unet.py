@@ -30,7 +30,8 @@ class SPADEUNet(nn.Module):
     plain U-Net of latent diffusion. Layers are named as in MONAI's ``DiffusionModelUNet`` and
     ``SPADEDiffusionModelUNet``; with ``spade_in=("up",)``, ``spade_variant="monai"``,
     ``semantic_downsample="nearest"`` and ``time_scale_shift=False`` it computes what the latter computes.
-    Residual blocks that resample (``resblock_updown``) have no SPADE, as there.
+    Residual blocks that resample (``resblock_updown``) have no SPADE, as there. With ``num_class_embeds`` a learned
+    vector for each class is added to the time embedding, as MONAI's network does.
 
     Args:
         spatial_dims: 2 or 3.
@@ -54,6 +55,7 @@ class SPADEUNet(nn.Module):
         use_flash_attention: torch's fused attention; same result, less time and memory.
         use_checkpoint: recompute activations in the backward pass: about a quarter of the memory for 1.2x the
             time.
+        num_class_embeds: classes that the network is told; None for a network without classes.
 
     Raises:
         UserError: if the options do not fit each other.
@@ -80,6 +82,7 @@ class SPADEUNet(nn.Module):
         resblock_updown: bool = False,
         use_flash_attention: bool = True,
         use_checkpoint: bool = False,
+        num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
         spade_in = (spade_in,) if isinstance(spade_in, str) else tuple(spade_in)
@@ -104,6 +107,9 @@ class SPADEUNet(nn.Module):
 
         self.conv_in = conv(spatial_dims, in_channels, channels[0])
         self.time_embed = time_embedding(settings)
+        self.class_embedding = (
+            None if num_class_embeds is None else nn.Embedding(num_class_embeds, settings.time_channels)
+        )
         self.down_blocks = encoder(
             settings,
             channels,
@@ -160,6 +166,8 @@ class SPADEUNet(nn.Module):
         timesteps: Tensor,
         seg: Tensor | None = None,
         modulations: Sequence[tuple[Modulation, Modulation]] | None = None,
+        *,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise.
 
@@ -169,19 +177,22 @@ class SPADEUNet(nn.Module):
             seg: semantic map (B, K, *S'), S' equal to S or an integer multiple of it; ignored where
                 ``spade_in`` is empty or ``modulations`` are given.
             modulations: what :meth:`modulations` returned for that map.
+            class_labels: (B,) integers, 0 to ``num_class_embeds - 1``; needed where the network has classes.
 
         Returns:
             Predicted noise (B, out_channels, *S).
 
         Raises:
-            UserError: if neither map nor modulations are given, or shapes do not fit.
+            UserError: if what the network is conditioned on is missing, or shapes do not fit.
         """
         x, seg = plain_tensor(x), plain_tensor(seg)
         check_input(x, self.in_channels, len(self.channels))
         conditions = self._conditions(seg, modulations, x.shape[2:])
 
-        # 1. Time.
+        # 1. Time, and the class.
         emb = self.time_embed(get_timestep_embedding(timesteps, self.channels[0]).to(x.dtype))
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(self._classes(class_labels)).to(emb.dtype)
 
         # 2. Encoder.
         h = self.conv_in(x)
@@ -202,7 +213,7 @@ class SPADEUNet(nn.Module):
         """Load weights of MONAI's or monai-generative's diffusion U-Nets, so that the outputs are the same.
 
         Takes ``SPADEDiffusionModelUNet`` and ``DiffusionModelUNet`` of MONAI >= 1.4 and of monai-generative
-        0.2.3, without cross-attention and class embedding. This network must have been built with
+        0.2.3, without cross-attention. This network must have been built with
         ``time_scale_shift=False`` and, for SPADE, with ``spade_in=("up",)``, ``spade_variant="monai"`` and
         ``semantic_downsample="nearest"``.
 
@@ -231,6 +242,16 @@ class SPADEUNet(nn.Module):
         for _ in self.channels[1:]:
             maps.append(pool_semantic(maps[-1], [s // 2 for s in maps[-1].shape[2:]], self.semantic_downsample))
         return maps
+
+    def _classes(self, class_labels: Tensor | None) -> Tensor:
+        """The class labels, if there are any."""
+        if class_labels is None:
+            msg = (
+                f"The network knows {self.class_embedding.num_embeddings} classes and needs `class_labels` (B,),"
+                " one for each input."
+            )
+            raise UserError(msg)
+        return plain_tensor(class_labels)
 
     def _conditions(
         self,
