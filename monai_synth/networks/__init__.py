@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks: the U-Nets that denoise and the classifier of noisy crops that guides one of them."""
+"""Networks: the U-Nets that denoise, the classifier of noisy crops that guides one of them, and that of images."""
 
 from __future__ import annotations
 
 from monai_synth.networks.class_unet import ClassUNet
+from monai_synth.networks.image_classifier import ImageClassifier
 from monai_synth.networks.joint_unet import JointUNet
 from monai_synth.networks.noisy_classifier import NoisyClassifier
 from monai_synth.networks.spade import SPADE, pool_semantic
 from monai_synth.networks.spade_unet import SPADEUNet
 
-__all__ = ["SPADE", "ClassUNet", "JointUNet", "NoisyClassifier", "SPADEUNet", "pool_semantic"]
+__all__ = ["SPADE", "ClassUNet", "ImageClassifier", "JointUNet", "NoisyClassifier", "SPADEUNet", "pool_semantic"]
