@@ -2,6 +2,14 @@
 """Trainers, prepare-batch classes, datasets of latents and handlers; the names here are what configs use."""
 
 from monai_synth.training.autoencoder import AutoencoderTrainer, Reconstruction
+from monai_synth.training.classes import (
+    BalancedSampler,
+    ClassDiffusionPrepareBatch,
+    ClassReport,
+    class_sampler,
+    denoising_loss,
+    iterations_for,
+)
 from monai_synth.training.classifier import ConvergenceReport, classifier_loss, initial_output, is_classification
 from monai_synth.training.handlers import (
     EMA,
@@ -13,6 +21,7 @@ from monai_synth.training.handlers import (
     run_training,
 )
 from monai_synth.training.latents import LatentCache, LatentDataset, NoduleCropDataset
+from monai_synth.training.loss_plot import LossPlot
 from monai_synth.training.optim import PerceptualLoss, lr_decay, perceptual_loss
 from monai_synth.training.pairs import (
     IterationSampler,
@@ -25,6 +34,7 @@ from monai_synth.training.pairs import (
 )
 from monai_synth.training.pictures import ValidationRecord
 from monai_synth.training.prepare_batch import (
+    ConditionDropout,
     ExpandChannels,
     LatentDiffusionPrepareBatch,
     NoisyCropPrepareBatch,
@@ -33,6 +43,10 @@ from monai_synth.training.prepare_batch import (
 __all__ = [
     "EMA",
     "AutoencoderTrainer",
+    "BalancedSampler",
+    "ClassDiffusionPrepareBatch",
+    "ClassReport",
+    "ConditionDropout",
     "ConvergenceReport",
     "EpochSeed",
     "ExpandChannels",
@@ -41,6 +55,7 @@ __all__ = [
     "LatentCache",
     "LatentDataset",
     "LatentDiffusionPrepareBatch",
+    "LossPlot",
     "MLflowRun",
     "NoduleCropDataset",
     "NoisyCropPrepareBatch",
@@ -50,10 +65,13 @@ __all__ = [
     "SharedHandler",
     "StageCheckpoint",
     "ValidationRecord",
+    "class_sampler",
     "classifier_loss",
+    "denoising_loss",
     "epochs_for",
     "initial_output",
     "is_classification",
+    "iterations_for",
     "lr_decay",
     "num_real",
     "pair_list",

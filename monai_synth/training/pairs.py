@@ -194,12 +194,16 @@ class IterationSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __iter__(self) -> Iterator[int]:
-        # one endless row of permutations; epoch e of rank r takes its own stretch of it
+    def places(self) -> range:
+        """The stretch of an endless row that this process takes in this epoch."""
         per_epoch = self.num_samples * self.num_replicas
         first = (self.epoch - 1) * per_epoch + self.rank
+        return range(first, first + per_epoch, self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        # one endless row of permutations
         current, order = None, []
-        for i in range(first, first + per_epoch, self.num_replicas):
+        for i in self.places():
             number, place = divmod(i, self.num_cases)
             if number != current:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)

@@ -10,6 +10,7 @@ import torch
 from monai.engines import PrepareBatch
 
 from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
+from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
 
 
@@ -45,6 +46,34 @@ class NoisyPrepareBatch(PrepareBatch):
         posterior, eps = (n.to(mean) for n in noises)
         z_0 = (mean + std * posterior) * scale_factor
         return z_0, add_noise(self.alphas_cumprod, z_0, eps, t), eps, t
+
+
+class ConditionDropout:
+    """Replaces some conditions by "none", so that one network learns to do with and without (classifier-free guidance).
+
+    Args:
+        drop_prob: share of the conditions that are dropped, each on its own; 0 drops none.
+        null: what stands for none: a number for classes, or a tensor of a condition's shape.
+        seed: None draws from torch's global generator (training); a number fixes what is dropped by the item's index.
+
+    Raises:
+        UserError: ``drop_prob`` is not from 0 to 1.
+    """
+
+    def __init__(self, drop_prob: float, null: int | torch.Tensor, *, seed: int | None = None) -> None:
+        if isinstance(drop_prob, bool) or not 0 <= drop_prob <= 1:
+            raise UserError(f"drop_prob is {drop_prob!r}; allowed are shares from 0, which drops none, to 1")
+        self.drop_prob, self.null, self.seed = float(drop_prob), null, seed
+
+    def __call__(self, condition: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The conditions (B, ...) of the items ``index`` (B,), some of them dropped."""
+        if self.seed is None:
+            drawn = torch.rand(len(condition))
+        else:
+            seeds = [(self.seed + 1) * 7_000_003 + int(i) for i in index]
+            drawn = torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        dropped = (drawn < self.drop_prob).to(condition.device).view(-1, *[1] * (condition.ndim - 1))
+        return torch.where(dropped, torch.as_tensor(self.null).to(condition), condition)
 
 
 class ExpandChannels(PrepareBatch):
