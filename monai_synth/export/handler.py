@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what an evaluator samples into an nnU-Net raw dataset, image by image, with its provenance."""
+"""Writes what an evaluator samples, image by image, with its provenance."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,18 +26,28 @@ LABEL_KINDS = ("semantic", "nodule")
 IMAGE_FORMATS = {"png": (".png", "L"), "nii.gz": (".nii.gz", "CT")}
 
 
+class SampleWriter(Protocol):
+    """What a :class:`SampleExport` writes with, e.g. :class:`monai_synth.export.nnunet.NNUNetRawWriter`."""
+
+    path: Path
+    provenance_path: Path
+
+    def has(self, case_id: str) -> bool: ...
+
+    def add(self, case_id: str, *content: Any, **options: Any) -> str: ...
+
+    def cases(self) -> list[str]: ...
+
+    def finish(self) -> Path: ...
+
+
 class SampleExport(ABC):
-    """Handler that writes each sampled image with its label; a stopped run goes on where it stopped.
+    """Handler that writes each sample; a stopped run goes on where it stopped.
 
     Subclasses say by `write` how a batch becomes files.
 
     Args:
-        output_dir: parent of ``DatasetNNN_Name``.
-        dataset_id: nnU-Net's number, 1 to 999.
-        dataset_name: nnU-Net's name.
-        channel_names: nnU-Net's names of the image channels.
-        labels: name -> value of what is written.
-        file_ending: ``.png`` or ``.nii.gz``.
+        writer: makes the writer, given ``overwrite``, ``resume`` and ``settings``.
         record: what every provenance line says: ``checkpoints``, ``sampler``, ``num_steps``, ``precision``,
             ``guidance``, ``settings``.
         settings: what else must be equal when the run is resumed.
@@ -44,18 +55,13 @@ class SampleExport(ABC):
         resume: go on with an existing dataset of the same settings.
 
     Raises:
-        UserError: a dataset that is there and must not be touched, or settings that nnU-Net cannot read.
+        UserError: a dataset that is there and must not be touched, or settings that the writer refuses.
     """
 
     def __init__(
         self,
-        output_dir: str | Path,
+        writer: Callable[..., SampleWriter],
         *,
-        dataset_id: int,
-        dataset_name: str,
-        channel_names: Sequence[str],
-        labels: Mapping[str, int],
-        file_ending: str,
         record: Mapping[str, Any],
         settings: Mapping[str, Any],
         overwrite: bool,
@@ -67,13 +73,7 @@ class SampleExport(ABC):
         # rank 0 clears and begins the folder, the others then go on with it
         if not self.is_main:
             dist.barrier()
-        self.writer = NNUNetRawWriter(
-            output_dir,
-            dataset_id=dataset_id,
-            name=dataset_name,
-            channel_names=channel_names,
-            labels=labels,
-            file_ending=file_ending,
+        self.writer = writer(
             overwrite=overwrite and self.is_main,
             resume=resume or not self.is_main,
             settings={**self.record, **settings},
@@ -97,25 +97,24 @@ class SampleExport(ABC):
         self,
         batch: Mapping[str, Any],
         i: int,
-        image: np.ndarray,
-        label: np.ndarray,
-        *,
+        *content: Any,
         filters: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         """Write one sample of a batch and its provenance.
 
         Args:
-            batch: with ``case_id``, ``seed``, ``spacing`` and ``conditioning`` per sample.
+            batch: with ``case_id``, ``seed`` and ``conditioning`` per sample.
             i: which sample.
-            image: as the writer takes it.
-            label: as the writer takes it.
+            content: as the writer takes it after the case id.
             filters: decisions of the filters, for the provenance.
+            options: of the writer.
 
         Raises:
-            UserError: it cannot be written, or is nothing that nnU-Net reads.
+            UserError: it cannot be written, or the writer refuses it.
         """
         try:
-            self.writer.add(batch["case_id"][i], image, label, spacing=batch["spacing"][i])
+            self.writer.add(batch["case_id"][i], *content, **options)
             self.provenance.append(
                 case_id=batch["case_id"][i],
                 seed=batch["seed"][i],
@@ -139,7 +138,7 @@ class SampleExport(ABC):
             dist.barrier()
         if self.is_main:
             self.writer.finish()
-            logger.info(f"wrote {len(self.writer.cases())} labelled images to {self.writer.path}")
+            logger.info(f"{self.writer.path} holds {len(self.writer.cases())} labelled images")
         return self.writer.path
 
 
@@ -186,12 +185,15 @@ class LabelledImageExport(SampleExport):
         self.label_kind = label_kind
         self.intensity = dict(intensity)
         super().__init__(
-            output_dir,
-            dataset_id=dataset_id,
-            dataset_name=dataset_name,
-            channel_names=[channel],
-            labels=dict(labels) if label_kind == "semantic" else {"background": 0, "nodule": 1},
-            file_ending=file_ending,
+            partial(
+                NNUNetRawWriter,
+                output_dir,
+                dataset_id=dataset_id,
+                name=dataset_name,
+                channel_names=[channel],
+                labels=dict(labels) if label_kind == "semantic" else {"background": 0, "nodule": 1},
+                file_ending=file_ending,
+            ),
             record=record,
             settings={"label_kind": label_kind},
             overwrite=overwrite,
@@ -205,7 +207,7 @@ class LabelledImageExport(SampleExport):
             label = batch["label"][i, 0].cpu().numpy()
             if self.label_kind == "nodule":
                 label = (label >= NODULE_LABEL_MIN).astype(np.uint8)
-            self.add(batch, i, self._pixels(image), label)
+            self.add(batch, i, self._pixels(image), label, spacing=batch["spacing"][i])
 
     def _pixels(self, image_pm1: torch.Tensor) -> np.ndarray:
         """(1, H, W) in [-1, 1] -> 8-bit grey values, or HU as int16."""

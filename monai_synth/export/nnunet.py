@@ -28,9 +28,9 @@ import numpy as np
 from monai_synth.atomic import remove_leftovers, write_bytes, write_json
 from monai_synth.errors import UserError
 from monai_synth.export.encode import checked_image, checked_label, checked_spacing, encode
+from monai_synth.export.run_folder import SETTINGS_FILE, open_run_folder
 
 READER_WRITERS = {".png": "NaturalImage2DIO", ".nii.gz": "SimpleITKIO"}
-SETTINGS_FILE = "export.json"
 MAX_CASE_ID = 150  # characters; file systems allow 255 for the whole name
 
 
@@ -115,46 +115,16 @@ class NNUNetRawWriter:
                 f"choose another dataset_id than {int(prefix[7:-1])}, or another folder"
             )
             raise UserError(msg)
-        if self.path.exists() and not self.path.is_dir():
-            msg = f"{self.path} is a file, a folder is needed there; move it away or choose another folder"
-            raise UserError(msg)
-
-        record = self.path / SETTINGS_FILE
-        if overwrite and self.path.is_dir():
-            _remove_dataset(self.path)
-        if record.is_file():
-            if not resume:
-                msg = f"{self.path} already exists; resume it, or overwrite it, or choose another id or folder"
-                raise UserError(msg)
-            self._compare(record)
-        else:
-            foreign = sorted(p.name for p in self.path.glob("*") if not p.name.startswith("."))
-            if foreign and not overwrite:
-                msg = (
-                    f"{self.path} exists and was not begun by this writer (it holds {foreign[0]!r} but no "
-                    f"{SETTINGS_FILE}); choose another id or folder, or overwrite it"
-                )
-                raise UserError(msg)
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(record, self._settings)
+        open_run_folder(
+            self.path,
+            self._settings,
+            overwrite=overwrite,
+            resume=resume,
+            remove=_remove_dataset,
+            elsewhere="another id or folder",
+        )
         for sub in ("imagesTr", "labelsTr"):
             (self.path / sub).mkdir(exist_ok=True)
-
-    def _compare(self, record: Path) -> None:
-        """Refuse to go on with a dataset that was begun with other settings."""
-        try:
-            recorded = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            msg = f"{record} is not JSON ({error}); overwrite the dataset or choose another folder"
-            raise UserError(msg) from error
-        old, new = _flatten(recorded), _flatten(self._settings)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                msg = (
-                    f"{self.path} was begun with {key} = {old.get(key)!r}, now {key} = {new.get(key)!r}; "
-                    "use the same value to resume, or overwrite the dataset, or choose another id or folder"
-                )
-                raise UserError(msg)
 
     def image_path(self, case_id: str, channel: int = 0) -> Path:
         """Where the image of a case is, or would be; PNG holds all channels in one file, NIfTI one in each."""
@@ -295,17 +265,6 @@ def _check_settings(
             "or a repeat (at most 256 labels); renumber them"
         )
         raise UserError(msg)
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted names, so that a message can name the one that differs."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _remove_dataset(path: Path) -> None:

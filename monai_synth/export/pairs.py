@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from monai_synth.data.joint import check_value_range, split_joint, to_image, to_
 from monai_synth.errors import UserError
 from monai_synth.export.encode import checked_spacing, encode
 from monai_synth.export.handler import SampleExport
-from monai_synth.export.nnunet import sanitize_case_id
+from monai_synth.export.nnunet import NNUNetRawWriter, sanitize_case_id
 from monai_synth.export.provenance import read_provenance
 from monai_synth.export.subsets import subset_size, write_ratio_subsets
 from monai_synth.inference.pairs import PairSamplingDataset
@@ -109,12 +110,15 @@ class PairExport(SampleExport):
         self._reasons: dict[str, list[dict[str, Any]]] = {}
         png = file_ending == ".png"
         super().__init__(
-            output_dir,
-            dataset_id=dataset_id,
-            dataset_name=dataset_name,
-            channel_names=["L" if png and name.casefold() == "ct" else name for name in channel_names],
-            labels=labels,
-            file_ending=file_ending,
+            partial(
+                NNUNetRawWriter,
+                output_dir,
+                dataset_id=dataset_id,
+                name=dataset_name,
+                channel_names=["L" if png and name.casefold() == "ct" else name for name in channel_names],
+                labels=labels,
+                file_ending=file_ending,
+            ),
             record=record,
             settings={"condition": condition, "filters": self.filters},
             overwrite=overwrite,
@@ -142,7 +146,8 @@ class PairExport(SampleExport):
             if self.keep_ensemble and pred["std"] is not None:
                 self._write_ensemble(case, label_part[i], pred["std"][i, self.image_channels :], batch["spacing"][i])
             image = images[i, 0] if self.image_channels == 1 else np.moveaxis(images[i], 0, -1)
-            self.add(batch, i, image, labels[i], filters=self._decision(case, share))
+            spacing = batch["spacing"][i]
+            self.add(batch, i, image, labels[i], spacing=spacing, filters=self._decision(case, share))
 
     def _decision(self, case: str, share: float) -> dict[str, Any]:
         """What the provenance of a kept pair says about the filters."""

@@ -14,8 +14,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from monai_synth.data.class_images import ClassImages
 from monai_synth.data.joint import split_joint, to_image, to_label
 from monai_synth.data.slices import slice_preprocessing
+from monai_synth.inference.classes import ClassInferer
 from monai_synth.inference.joint import JointInferer
 from monai_synth.inference.lsdm import LSDMInferer
 from monai_synth.training.handlers import MLflowRun, rank
@@ -156,6 +158,46 @@ class PairGrid(GridHandler):
         labels = to_label(label, self.contract["value_range"]).long()
         labels = (labels * (255 // (len(self.contract["labels"]) - 1))).to(torch.uint8)
         return [_pictures(images), _pictures(labels[:, None])]
+
+
+class ClassGrid(GridHandler):
+    """A row of samples for each class, the same seeds in every row; below them real images where asked for.
+
+    Args:
+        inferer: samples images of classes.
+        classes: name -> number.
+        real: images of which the first of each class are shown below; None shows none.
+        network: see :class:`GridHandler`, as all others.
+        mlflow: the run.
+        options: the options of :class:`GridHandler`.
+    """
+
+    def __init__(
+        self,
+        inferer: ClassInferer,
+        classes: Mapping[str, int],
+        network: nn.Module,
+        mlflow: MLflowRun,
+        real: ClassImages | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, mlflow, **options)
+        self.inferer = inferer
+        self.classes = dict(classes)
+        self.real = real
+        names = ", ".join(self.classes)
+        self.rows_are = f"samples of {names}" + (f", and real images of {names}," if real is not None else "")
+
+    def rows(self) -> Rows:
+        labels = torch.tensor([number for number in self.classes.values() for _ in self.seeds], device=self.device)
+        x_0 = self.inferer(labels, self.network, seeds=self.seeds * len(self.classes))
+        images = to_image(x_0, (-1, 1)).view(len(self.classes), len(self.seeds), *x_0.shape[1:])
+        rows = [_pictures(row) for row in images]
+        if self.real is not None:
+            for number in self.classes.values():
+                members = (self.real.classes == number).nonzero().flatten().tolist()
+                rows.append(_pictures(self.real.__getitems__(members[: self.num_samples])["image"]))
+        return rows
 
 
 def _pictures(images: torch.Tensor) -> Sequence[np.ndarray]:

@@ -101,8 +101,8 @@ def load_lsdm(
 
 
 @dataclass
-class JDMModel:
-    """Joint diffusion model of one training.
+class DiffusionModel:
+    """A diffusion model that is one trained file.
 
     Attributes:
         network: the denoiser.
@@ -115,10 +115,13 @@ class JDMModel:
     checkpoints: dict[str, str]
 
 
-def load_jdm(ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str = "cpu") -> JDMModel:
-    """Load the joint diffusion model of a folder.
+def load_model(
+    bundle: str, ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str = "cpu"
+) -> DiffusionModel:
+    """Load the diffusion model of a bundle whose model is one file.
 
     Args:
+        bundle: name of the bundle, e.g. "jdm" or "cfg_ddpm".
         ckpt_dir: folder with the model.
         model_file: name of its file.
         device: where to sample.
@@ -127,9 +130,9 @@ def load_jdm(ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str 
         UserError: the file is missing, damaged or of another bundle.
     """
     path = Path(ckpt_dir) / model_file
-    content = _of_bundle("jdm", path)
+    content = _of_bundle(bundle, path)
     network = restore_network(content, path).to(device)
-    return JDMModel(network, content["contract"], {model_file: sha256_of(path)})
+    return DiffusionModel(network, content["contract"], {model_file: sha256_of(path)})
 
 
 def _of_bundle(bundle: str, path: Path) -> dict[str, Any]:
