@@ -182,6 +182,16 @@ def _experiment_nnunet(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _experiment_classifier(arguments: argparse.Namespace) -> None:
+    from monai_synth.experiments.classifier import Settings, run_experiment
+
+    given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if hasattr(arguments, name)}
+    run_experiment(
+        Settings(**{name: value for name, value in given.items() if value is not None}),
+        report=lambda text: print(text, flush=True),
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="monai-synth",
@@ -612,6 +622,104 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("cpu", "cuda"), help="where to train (default: a GPU where there is one)")
     add("--disable-tta", action="store_true", default=None, help="predict without mirrored images (default: with)")
+    add("--show-real", action="store_true", help="put real test images into the report (default: none)")
+
+    _add_classifier(
+        experiments.add_parser(
+            "classifier",
+            help="classification trained on real, synthetic and both: the 18 rows of Table 2",
+            description="Train classifiers on real images, on synthetic ones, and on synthetic then real ones, with "
+            "and without augmentation and weighted loss; all classify the same real test images. The same command "
+            "resumes a stopped experiment.",
+        )
+    )
+
+
+def _add_classifier(classifier: argparse.ArgumentParser) -> None:
+    classifier.set_defaults(call=_experiment_classifier)
+    add = classifier.add_argument
+    add("--real", required=True, metavar="DIR", help="dataset of monai-synth prepare classes, with all three splits")
+    add("--synthetic", required=True, metavar="DIR", help="folder that the sampling of bundle cfg_ddpm wrote")
+    add(
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="folder to write; results.json, results.csv, report.html go there",
+    )
+    add(
+        "--preset",
+        choices=("paper", "demo"),
+        help="paper: the text's values (20 epochs); demo: rows 1 and 3, a short check that all parts work, no result "
+        "(default: paper)",
+    )
+    add(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="repetitions with other initial weights, order, augmentation and subsets; 1 or more (default: 5; demo: 1)",
+    )
+    add(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="only these rows and those that they start from; numbers of Table 2, or names of further rows such as "
+        "mix50-real10-geo (default: all; demo: 1 3)",
+    )
+    percents = {"type": int, "nargs": "+", "metavar": "N"}
+    add("--fractions", **percents, help="percents of the real training images; 1 to 100 (default: 100 10)")
+    add(
+        "--mix",
+        **percents,
+        help="further rows that train on real images and so many synthetic ones together, in percent of the real ones; "
+        "1 to 10000 (default: none)",
+    )
+    add("--oversample", action="store_true", help="further rows: synthetic images fill up the rarer classes")
+    add(
+        "--control",
+        action="store_true",
+        help="further rows: real images for as many steps as the synthetic pretraining takes, then as the others",
+    )
+    add("--backbone", metavar="NAME", help="resnet18, 34, 50, densenet121, efficientnet-b0, ... (default: resnet18)")
+    add("--weights", metavar="FILE", help="ImageNet weights of the backbone (default: train from scratch)")
+    for option, kind, text in (
+        ("--epochs", int, "of every training; 1 or more (default: 20; demo: 4)"),
+        ("--batch-size", int, "images per step; 2 or more (default: 32)"),
+        ("--lr", float, "initial rate; more than 0 (default: 0.001; demo: 0.01)"),
+    ):
+        add(option, type=kind, metavar="N" if kind is int else "F", help=text)
+    add(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="resize all images; pixels, each 8 or more (default: keep the size)",
+    )
+    add(
+        "--select-on",
+        choices=("real", "synthetic"),
+        help="validation images by which synthetic only chooses its epoch: real ones, as the text's code does, or a "
+        "held out tenth of the synthetic ones (default: real)",
+    )
+    add(
+        "--geo",
+        choices=("paper", "seed-code"),
+        help="geometric augmentation of the text, or of its code, which also cuts out parts of real images at random "
+        "(default: paper)",
+    )
+    add(
+        "--positive",
+        metavar="CLASS",
+        help="also give precision, recall and F1 of this class (default: the last one where there are two)",
+    )
+    add("--device", choices=("cpu", "cuda"), help="where to train (default: a GPU where there is one)")
+    add("--workers", type=int, metavar="N", help="processes; 1 or more (default: one per CPU core; one for a GPU)")
+    add(
+        "--bootstrap",
+        dest="num_bootstrap",
+        type=int,
+        metavar="N",
+        help="resamplings for the intervals; 1 or more (default: 2000)",
+    )
     add("--show-real", action="store_true", help="put real test images into the report (default: none)")
 
 

@@ -22,7 +22,7 @@ from monai_synth.errors import UserError
 from monai_synth.experiments import nnunet_sets as sets
 from monai_synth.experiments.nnunet import PRESETS, Settings, _checked, _tasks, run_experiment
 from monai_synth.experiments.nnunet_jobs import Outcome, Task, locked, run_tasks
-from monai_synth.experiments.nnunet_record import record_settings
+from monai_synth.experiments.record import record_settings
 
 
 @pytest.fixture(scope="module")

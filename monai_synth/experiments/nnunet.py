@@ -20,9 +20,9 @@ from monai_synth.atomic import write_json
 from monai_synth.errors import UserError
 from monai_synth.experiments import nnunet_sets as sets
 from monai_synth.experiments.nnunet_jobs import Markers, Outcome, Task, locked, run_tasks
-from monai_synth.experiments.nnunet_record import record_settings
 from monai_synth.experiments.nnunet_report import Row, write_results
 from monai_synth.experiments.nnunet_steps import PLANS, TRAINER
+from monai_synth.experiments.record import record_settings
 from monai_synth.export.subsets import subset_size, write_subset
 
 MODES = ("synthetic-only", "pretrain", "control", "mix")
