@@ -6,7 +6,6 @@ Tables in the form of the text's Tables 5.1 to 5.6, plots in that of its Figures
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import html
@@ -24,6 +23,7 @@ from monai_synth.experiments.nnunet_jobs import Markers, Outcome
 from monai_synth.experiments.nnunet_pictures import disagreement_png
 from monai_synth.experiments.nnunet_sets import TestSet
 from monai_synth.experiments.nnunet_text import reported_html
+from monai_synth.experiments.page import image_html, new_figure, page, png, settings_html
 from monai_synth.export.provenance import package_versions
 
 NAMES = {
@@ -38,7 +38,6 @@ CAPTIONS = {
     "pretrain": "Trained on synthetic pairs, then on real ones (form of Tables 5.4 to 5.6)",
     "mix": "Trained on real and synthetic pairs together",
 }
-_IMAGE = "<img alt='' src='data:image/png;base64,{}'>"
 SEED = 0  # of the bootstrap
 
 
@@ -134,25 +133,16 @@ def report_html(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         if any(entry["mode"] == mode for entry in content["results"]):
             parts.append(f"<h2>{html.escape(caption)}</h2>{_table(content['results'], tests, mode)}")
     for test in tests:
-        plot = base64.b64encode(_plot(content["results"], test)).decode("ascii")
-        parts.append(f"<h2>{html.escape(test)}: score against ratio</h2>{_IMAGE.format(plot)}")
+        plot = image_html(_plot(content["results"], test))
+        parts.append(f"<h2>{html.escape(test)}: score against ratio</h2>{plot}")
         if test in pictures:
-            data = base64.b64encode(pictures[test]).decode("ascii")
             parts.append(
                 "<p>Image, truth, real only and the best pretrained network (chosen on these images); the box holds "
-                f"the largest connected disagreement of the two.</p>{_IMAGE.format(data)}"
+                f"the largest connected disagreement of the two.</p>{image_html(pictures[test])}"
             )
         parts.append(reported_html(test))
-    shown = "".join(
-        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in {**settings, "versions": content["versions"]}.items()
-    )
-    parts.append(f"<h2>Settings</h2><table class='settings'>{shown}</table>")
-    title = "nnU-Net on real and synthetic pairs"
-    return (
-        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
-        f"</head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
-    )
+    parts.append(settings_html({**settings, "versions": content["versions"]}))
+    return page("nnU-Net on real and synthetic pairs", parts)
 
 
 def counts_of(row: Row, test: TestSet, markers: Markers) -> tuple[np.ndarray, list[str]]:
@@ -239,11 +229,7 @@ def _table(results: Sequence[Mapping[str, Any]], tests: Sequence[str], mode: str
 
 def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
     """mDice and mIoU against ratio, the real-only score as a dashed line with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     for axes, metric in zip(figure.subplots(1, 2), ("mDice", "mIoU"), strict=True):
         ratios = sorted({e["ratio"] for e in results if e["ratio"]})
         span = max(ratios, default=0)
@@ -270,9 +256,7 @@ def _plot(results: Sequence[Mapping[str, Any]], test: str) -> bytes:
         if ratios:
             axes.set_xlim(ratios[0] - span / 10, span + span / 10)
         axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _pictures(
@@ -332,11 +316,3 @@ def _versions() -> dict[str, str]:
     with contextlib.suppress(PackageNotFoundError):
         versions["nnunetv2"] = version("nnunetv2")
     return versions
-
-
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}"
-    "table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #bbb;padding:.25em .6em;text-align:right}"
-    "td:first-child,th{text-align:left}small{color:#555}img{max-width:100%}.bad{background:#fee;padding:1em}"
-    ".settings td{text-align:left}"
-)
