@@ -274,7 +274,7 @@ def ensure_dataset(
         phantom: arguments of the phantom and of its import.
         preset: for the log.
         device: for the log.
-        task: what the dataset must have been prepared for; "lidc" or "pairs".
+        task: what the dataset must have been prepared for; "lidc", "pairs" or "classes".
 
     Raises:
         UserError: see ``monai_synth.data.datalist.read_dataset``.
@@ -319,7 +319,21 @@ def _make_nuclei(folder: Path, phantom: Mapping[str, Any]) -> None:
     prepare_pairs(source, folder, **phantom["import"])
 
 
-_PHANTOMS = {"lidc": (_make_thorax, "thorax"), "pairs": (_make_nuclei, "nuclei")}
+def _make_xrays(folder: Path, phantom: Mapping[str, Any]) -> None:
+    from monai_synth.data.classes import prepare_classes
+    from monai_synth.data.phantom_xray import PATIENT_REGEX, write_xrays
+
+    source = folder.with_name(f"{folder.name}_source")
+    if not source.is_dir():
+        write_xrays(source, **phantom["images"])
+    prepare_classes(source, folder, **{"group_regex": PATIENT_REGEX, **phantom["import"]})
+
+
+_PHANTOMS = {
+    "lidc": (_make_thorax, "thorax"),
+    "pairs": (_make_nuclei, "nuclei"),
+    "classes": (_make_xrays, "chest X-ray"),
+}
 
 
 def ensure_stages(

@@ -129,21 +129,26 @@ def _prepare_classes(arguments: argparse.Namespace) -> None:
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
     given = {name: value for name in _PHANTOM_KIND if (value := getattr(arguments, name)) is not None}
     for name in given:
-        if arguments.kind != _PHANTOM_KIND[name]:
-            raise UserError(f"--{name} is of --kind {_PHANTOM_KIND[name]}, got --kind {arguments.kind}; leave it out")
+        if arguments.kind not in _PHANTOM_KIND[name]:
+            kinds = " and ".join(_PHANTOM_KIND[name])
+            raise UserError(f"--{name} is of --kind {kinds}, got --kind {arguments.kind}; leave it out")
     values = {_PHANTOM_PARAMETER.get(name, name): value for name, value in given.items()}
     if arguments.kind == "nuclei":
         from monai_synth.data.phantom_nuclei import write_nuclei
 
         write_nuclei(arguments.out, seed=arguments.seed, **values)
+    elif arguments.kind == "xray":
+        from monai_synth.data.phantom_xray import write_xrays
+
+        write_xrays(arguments.out, seed=arguments.seed, **values)
     else:
         from monai_synth.data.phantom import write_phantom
 
         write_phantom(arguments.out, seed=arguments.seed, **values)
 
 
-_PHANTOM_KIND = dict.fromkeys(("patients", "slices", "matrix", "workers"), "lidc")
-_PHANTOM_KIND |= dict.fromkeys(("images", "size"), "nuclei")
+_PHANTOM_KIND = dict.fromkeys(("patients", "slices", "matrix", "workers"), ("lidc",))
+_PHANTOM_KIND |= dict.fromkeys(("images", "size"), ("nuclei", "xray"))
 _PHANTOM_PARAMETER = {
     "patients": "num_patients",
     "slices": "num_slices",
@@ -298,27 +303,29 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
     phantom = sources.add_parser(
         "phantom",
-        help="artificial data to try out: thorax CT in the form of LIDC-IDRI, or stained nuclei with masks",
-        description="Write DICOM series of artificial chests with the XML of four readers, or pictures of "
-        "stained tissue with the masks of their nuclei.",
+        help="artificial data to try out: thorax CT in the form of LIDC-IDRI, stained nuclei, or chest X-rays",
+        description="Write DICOM series of artificial chests with the XML of four readers, pictures of stained "
+        "tissue with the masks of their nuclei, or chest X-rays in a folder for each class, normal and pneumonia.",
     )
     phantom.set_defaults(call=_prepare_phantom)
     phantom.add_argument(
-        "out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc (or pairs) OUT ..."
+        "out", metavar="OUT", help="folder to write; read it with: monai-synth prepare lidc (pairs, classes) OUT ..."
     )
     phantom.add_argument(
         "--kind",
-        choices=("lidc", "nuclei"),
+        choices=("lidc", "nuclei", "xray"),
         default="lidc",
-        help="what to compute: CT for prepare lidc, or pictures and masks for prepare pairs (default: %(default)s)",
+        help="what to compute: CT for prepare lidc, pictures and masks for prepare pairs, or X-rays of two classes "
+        r"for prepare classes, best with --group-regex '(p\d+)_\d+$' (default: %(default)s)",
     )
     for option, text in {
         "--patients": "lidc: patients; 1 to 9999 (default: 24)",
         "--slices": "lidc: slices of 2.5 mm per patient; 4 to 80 (default: 24)",
         "--matrix": "lidc: rows and columns of a slice; pixels, 64 to 512 (default: 256)",
         "--workers": "lidc: processes; 1 or more (default: one per CPU core)",
-        "--images": "nuclei: pictures; 1 to 99999 (default: 40)",
-        "--size": "nuclei: rows and columns of a picture; pixels, 32 to 2048 (default: 128)",
+        "--images": "nuclei: pictures; 1 to 99999 (default: 40); xray: 4 to 99999 (default: 600)",
+        "--size": "nuclei: rows and columns of a picture; pixels, 32 to 2048 (default: 128); xray: 16 to 1024 "
+        "(default: 64)",
     }.items():
         phantom.add_argument(option, type=int, metavar="N", help=text)
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)")

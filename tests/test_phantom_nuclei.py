@@ -85,5 +85,5 @@ def test_the_command_takes_only_the_options_of_its_kind(
     assert cli.main(["prepare", "phantom", "no", "--kind", "nuclei", "--slices", "9"]) == 2
     assert "--slices is of --kind lidc" in capsys.readouterr().err
     assert cli.main(["prepare", "phantom", "no", "--images", "9"]) == 2
-    assert "--images is of --kind nuclei" in capsys.readouterr().err
+    assert "--images is of --kind nuclei and xray" in capsys.readouterr().err
     assert not Path("no").exists()
