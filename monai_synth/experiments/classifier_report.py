@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of the classifier experiment: what is done is scored and compared; ``results.json`` and ``results.csv``."""
+"""Results of the classifier experiment: what is done is scored, compared and written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from monai_synth.atomic import write_bytes, write_json
 from monai_synth.experiments import classifier_scores as scores
+from monai_synth.experiments.classifier_page import report_html
+from monai_synth.experiments.classifier_pictures import hardest_png
 from monai_synth.experiments.classifier_rows import Row
 from monai_synth.experiments.classifier_sets import Source
 from monai_synth.experiments.classifier_train import run_name
@@ -50,13 +52,18 @@ def write_results(
         The content of ``results.json``.
     """
     runs = {row: _runs(out, row, num_seeds) for row in rows}
+    truth = source.labels("test")
+    names = scores.metric_names(list(source.classes), positive)
+    scored = _Scored(truth, runs, names, positive, draws(_patients(source), num_bootstrap, SEED))
+    recalls = ["recall", *(name for name in names if name.startswith("recall ("))]
     content = {
         "classes": source.classes,
         "positive": None if positive is None else list(source.classes)[positive],
         "num_test": {name: int((source.labels("test") == k).sum()) for name, k in source.classes.items()},
         "num_patients": len(set(_patients(source))),
         "num_seeds": num_seeds,
-        "results": _results(rows, runs, source, positive, num_bootstrap),
+        "results": _results(rows, runs, scored, truth),
+        "claims": _claims(rows, scored, recalls),
         "recipe": scores.RECIPE,
         "seed": SEED,
         "num_bootstrap": num_bootstrap,
@@ -65,6 +72,8 @@ def write_results(
     }
     write_json(out / "results.json", content)
     write_bytes(out / "results.csv", results_csv(content["results"]).encode("utf-8"))
+    shown = hardest_png(source, [run for by_seed in runs.values() for run in by_seed.values()]) if show_real else None
+    write_bytes(out / "report.html", report_html(content, shown).encode("utf-8"))
     return content
 
 
@@ -95,40 +104,66 @@ def _patients(source: Source) -> list[str]:
     return [str(case.get("patient_id", case["case_id"])) for case in source.cases["test"]]
 
 
+class _Scored:
+    """Scores of all finished runs, and the numbers that follow for a row or for a difference of rows.
+
+    Args:
+        truth: int (N,), class of each test image.
+        runs: markers by row and seed.
+        names: of the metrics.
+        positive: class of the binary scores, or None.
+        weights: bootstrap draws, or None.
+    """
+
+    def __init__(
+        self,
+        truth: np.ndarray,
+        runs: Mapping[Row, Mapping[int, Mapping[str, Any]]],
+        names: Sequence[str],
+        positive: int | None,
+        weights: np.ndarray | None,
+    ) -> None:
+        self.names, self.num = names, len(truth)
+        # (metrics,) of each seed and its draws (draws, metrics): differences take the seeds that both have
+        self.values: dict[Row, dict[int, np.ndarray]] = {}
+        self.drawn: dict[Row, dict[int, np.ndarray | None]] = {}
+        for row, by_seed in runs.items():
+            self.values[row], self.drawn[row] = {}, {}
+            for seed, run in by_seed.items():
+                probabilities = np.array(run["test"])
+                self.values[row][seed] = scores.score(truth, probabilities, positive)[0]
+                drawn = None if weights is None else scores.score(truth, probabilities, positive, weights)
+                self.drawn[row][seed] = drawn
+
+    def seeds(self, *rows: Row) -> list[int]:
+        """Seeds that all rows have."""
+        return sorted(set.intersection(*(set(self.values.get(row, {})) for row in rows)))
+
+    def numbers(self, plus: Sequence[Row], minus: Sequence[Row] = ()) -> dict[str, dict[str, Any]]:
+        """Mean over rows, less that over other rows."""
+        seeds = self.seeds(*plus, *minus)
+        values, drawn = self._mean(plus, seeds)
+        if minus:
+            less, drawn_less = self._mean(minus, seeds)
+            values, drawn = values - less, None if drawn is None else drawn - drawn_less
+        return scores.numbers(self.names, values, drawn, self.num)
+
+    def _mean(self, rows: Sequence[Row], seeds: Sequence[int]) -> tuple[np.ndarray, Any]:
+        values = np.mean([[self.values[row][seed] for seed in seeds] for row in rows], axis=0)
+        drawn = [self.drawn[row][seed] for row in rows for seed in seeds]
+        return values, None if drawn[0] is None else np.mean(drawn, axis=0)
+
+
 def _results(
-    rows: Sequence[Row],
-    runs: Mapping[Row, Mapping[int, Mapping[str, Any]]],
-    source: Source,
-    positive: int | None,
-    num_bootstrap: int,
+    rows: Sequence[Row], runs: Mapping[Row, Mapping[int, Mapping[str, Any]]], scored: _Scored, truth: np.ndarray
 ) -> list[dict[str, Any]]:
-    truth = source.labels("test")
-    names = scores.metric_names(list(source.classes), positive)
-    weights = draws(_patients(source), num_bootstrap, SEED)
-    # (metrics,) and (draws, metrics) of each seed, so that differences take the same seeds
-    scored = {
-        row: {
-            seed: scores.score_seeds(truth, np.array([run["test"]]), positive, weights)
-            for seed, run in runs[row].items()
-        }
-        for row in rows
-    }
-
-    def block(row: Row, minus: Row | None = None) -> dict[str, Any]:
-        seeds = [seed for seed in scored[row] if minus is None or seed in scored[minus]]
-        values = np.concatenate([scored[row][seed][0] for seed in seeds])
-        drawn = None if weights is None else np.mean([scored[row][seed][1] for seed in seeds], axis=0)
-        if minus is not None:
-            values = values - np.concatenate([scored[minus][seed][0] for seed in seeds])
-            drawn = None if drawn is None else drawn - np.mean([scored[minus][seed][1] for seed in seeds], axis=0)
-        return scores.numbers(names, values, drawn, len(truth))
-
     results = []
     for row in rows:
         if not runs[row]:
             continue
         some = next(iter(runs[row].values()))
-        twins = {what: other for what, other in row.twins.items() if set(scored.get(other, {})) & set(scored[row])}
+        twins = {what: other for what, other in row.twins.items() if scored.seeds(row, other)}
+        counts = [scores.confusion(truth, np.array(run["test"]))[0] for run in runs[row].values()]
         results.append(
             {
                 "row": row.name,
@@ -144,27 +179,64 @@ def _results(
                 "num_steps": some["num_steps"],
                 "num_seeds": len(runs[row]),
                 "num_test": len(truth),
-                "numbers": block(row),
+                "numbers": scored.numbers([row]),
                 "differences": {
                     what: {
                         "row": other.name,
-                        "num_seeds": len(set(scored[other]) & set(scored[row])),
-                        "numbers": block(row, other),
+                        "num_seeds": len(scored.seeds(row, other)),
+                        "numbers": scored.numbers([row], [other]),
                     }
                     for what, other in twins.items()
                 },
                 "per_seed": {
-                    str(seed): dict(zip(names, map(_plain, scored[row][seed][0][0]), strict=True)) for seed in runs[row]
+                    str(seed): dict(zip(scored.names, map(_plain, values), strict=True))
+                    for seed, values in scored.values[row].items()
                 },
-                "confusion": np.mean(
-                    [scores.confusion(truth, np.array(run["test"]))[0] for run in runs[row].values()], axis=0
-                ).tolist(),
+                "confusion": np.mean(counts, axis=0).tolist(),
                 "curves": {str(seed): run["curves"] for seed, run in runs[row].items()},
                 "best_epoch": {str(seed): run["best_epoch"] for seed, run in runs[row].items()},
+                "devices": sorted({run["device"] for run in runs[row].values()}),
                 "seconds": round(sum(run["seconds"] for run in runs[row].values()), 1),
             }
         )
     return results
+
+
+def _claims(rows: Sequence[Row], scored: _Scored, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Per fraction and metric, whether the best row has synthetic pretraining, as the text claims of the recall."""
+    claims = []
+    for fraction in sorted({row.fraction for row in rows if row.fraction}, reverse=True):
+        here = [row for row in rows if row.fraction == fraction and scored.values.get(row)]
+        tuned, others = ([row for row in here if row.mode == mode] for mode in ("pretrain", "real"))
+        pairs = [(row, row.twins["no synthetic images"]) for row in tuned]
+        pairs = [(row, twin) for row, twin in pairs if scored.seeds(row, twin)]
+        if not pairs:
+            continue
+        for metric in metrics:
+
+            def value(row: Row, metric: str = metric) -> float:
+                found = scored.numbers([row])[metric]["value"]
+                return -1.0 if found is None else found
+
+            first, second = max(tuned, key=value), max(others, key=value)
+            if not scored.seeds(first, second):
+                continue
+            plus, minus = ([pair[k] for pair in pairs] for k in (0, 1))
+            everything = bool(scored.seeds(*plus, *minus))
+            claims.append(
+                {
+                    "fraction": fraction,
+                    "metric": metric,
+                    "best_pretrain": first.name,
+                    "best_other": second.name,
+                    "num_rows": len(tuned) + len(others),
+                    "holds": value(first) > value(second),
+                    "difference": scored.numbers([first], [second])[metric],
+                    "pairs": [[a.name, b.name] for a, b in pairs],
+                    "mean_difference": scored.numbers(plus, minus)[metric] if everything else None,
+                }
+            )
+    return claims
 
 
 def _plain(value: float) -> float | None:

@@ -92,22 +92,6 @@ def score(
     return np.stack(parts, axis=-1)
 
 
-def score_seeds(
-    truth: np.ndarray, probabilities: np.ndarray, positive: int | None, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scores per seed (seeds, metrics), and of the mean over seeds per draw (draws, metrics).
-
-    Args:
-        truth: int (N,).
-        probabilities: (seeds, N, K).
-        positive: see `score`.
-        weights: see `confusion`; None gives no draws.
-    """
-    values = np.concatenate([score(truth, p, positive) for p in probabilities])
-    drawn = None if weights is None else np.mean([score(truth, p, positive, weights) for p in probabilities], axis=0)
-    return values, drawn
-
-
 def numbers(
     names: Sequence[str], values: np.ndarray, drawn: np.ndarray | None, num_images: int
 ) -> dict[str, dict[str, Any]]:
