@@ -6,6 +6,7 @@
     python scripts/benchmark.py --xml-zip FILE          # parsing of LIDC XML files
     python scripts/benchmark.py --pairs FOLDER LABEL    # import of SRC/images and SRC/masks
     python scripts/benchmark.py --first-command lsdm    # train.json of a bundle on its phantom (minutes)
+    python scripts/benchmark.py --class-model FOLDER    # sampling with a trained model of cfg_ddpm, 20 and 500 steps
 
 Times are process times (all threads of this process and of its children), on a GPU with the wait for it, medians of
 interleaved rounds; on a shared machine quote ratios. Nothing here is a test: machines differ.
@@ -133,6 +134,36 @@ def joint_unet(base_channels: int, size: int, batch: int, *, device: str) -> Non
         )
 
 
+def class_sampling(ckpt_dir: Path, *, num_images: int = 500, batch: int = 50, device: str) -> None:
+    """Guided images of classes with 20 steps, and with the text's 500 ancestral ones, whose time a batch tells."""
+    from monai_synth.inference.classes import ClassInferer
+    from monai_synth.inference.model import load_model
+
+    model = load_model("cfg_ddpm", ckpt_dir, device=device)
+    contract = model.contract
+    num_classes = len(contract["classes"])
+    labels = torch.arange(batch, device=device) % num_classes
+
+    def run(sampler: str, num_steps: int, num_batches: int) -> tuple[float, float]:
+        inferer = ClassInferer(
+            contract["schedule"], image_size=contract["image_size"], image_channels=contract["image_channels"],
+            null_class=num_classes, sampler=sampler, num_steps=num_steps,
+        )  # fmt: skip
+        start, wall = cpu_seconds(), time.monotonic()
+        for i in range(num_batches):
+            float(inferer(labels, model.network, seeds=range(i * batch, (i + 1) * batch)).sum())
+        factor = num_images / (num_batches * batch)
+        return (cpu_seconds() - start) * factor, (time.monotonic() - wall) * factor
+
+    run("dpm++", 2, 1)
+    fast, slow = run("dpm++", 20, num_images // batch), run("ddpm", 500, 1)
+    print(
+        f"{num_images} images of {contract['image_size']}, batch {batch}, guided, {device}: dpm++ with 20 steps "
+        f"{fast[0]:.1f} CPU s ({fast[1]:.1f} s wall), ddpm with 500 steps {slow[0]:.0f} CPU s ({slow[1]:.0f} s wall; "
+        f"from {batch} images), ratio {slow[0] / fast[0]:.1f}"
+    )
+
+
 def pairs_import(source: Path, label: str) -> None:
     """``prepare pairs`` in a process of its own, with the machine's default number of workers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +217,8 @@ def main() -> None:
     parser.add_argument("--lidc", type=Path, help="folder with a LIDC series to import")
     parser.add_argument("--xml-zip", type=Path, help="zip of LIDC XML files to parse")
     parser.add_argument("--pairs", nargs=2, metavar=("FOLDER", "LABEL"), help="images and masks to import")
-    parser.add_argument("--first-command", metavar="BUNDLE", help="train a bundle on its phantom: lsdm or jdm")
+    parser.add_argument("--first-command", metavar="BUNDLE", help="train a bundle on its phantom, e.g. jdm")
+    parser.add_argument("--class-model", type=Path, metavar="FOLDER", help="ckpt_dir of cfg_ddpm to sample from")
     parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -198,7 +230,9 @@ def main() -> None:
         first_command(arguments.first_command)
     if arguments.pairs:
         pairs_import(Path(arguments.pairs[0]), arguments.pairs[1])
-    if not (arguments.lidc or arguments.xml_zip or arguments.pairs or arguments.first_command):
+    if arguments.class_model:
+        class_sampling(arguments.class_model, device=arguments.device)
+    if not any(vars(arguments)[key] for key in ("lidc", "xml_zip", "pairs", "first_command", "class_model")):
         spade_cache("demo", 8)
         spade_cache("paper-quarter", 1)
         joint_unet(32, 64, 4, device=arguments.device)
