@@ -17,7 +17,6 @@ from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from monai_synth.data import lidc_series
 from monai_synth.data.lidc_series import (
-    Problem,
     ReadingFile,
     Series,
     SliceFile,
@@ -26,6 +25,7 @@ from monai_synth.data.lidc_series import (
     order_series,
     read_hu,
 )
+from monai_synth.data.problems import Problem
 from monai_synth.errors import UserError
 
 

@@ -25,21 +25,19 @@ from monai_synth.data.classes_npz import find_in_npz, read_images
 from monai_synth.data.classes_source import ClassSource, Item, find_in_chexpert, find_in_csv, find_in_folders
 from monai_synth.data.classes_split import split_by_class
 from monai_synth.data.datalist import SPLITS
-from monai_synth.data.lidc_series import Problem
+from monai_synth.data.intensity import intensity_entry, percentiles_for, to_uint8
 from monai_synth.data.pair_files import resize_image, write_image
-from monai_synth.data.pairs_output import to_uint8
-from monai_synth.data.pairs_read import Form, Picture, read_picture
-from monai_synth.data.pairs_source import plain
+from monai_synth.data.pictures_read import Form, Picture, read_picture
 from monai_synth.data.prepare_shared import (
-    PERCENTILES,
     check_places,
     check_settings,
     count_copies,
     groups_by_regex,
     inspect_forms,
     kind_of,
-    refuse_or_count,
 )
+from monai_synth.data.problems import Problem, refuse_or_count
+from monai_synth.data.source_files import plain
 from monai_synth.data.whole_folder import cannot_write, whole_folder
 from monai_synth.data.workers import map_unordered, stopped, worker_count
 from monai_synth.errors import UserError
@@ -335,14 +333,11 @@ def _recipe(settings: Mapping[str, Any], forms: Mapping[str, Form]) -> ClassReci
     dims, channels = kind_of(next(iter(forms.values())))
     if dims != 2 or channels not in (1, 3):
         raise UserError(f"the images are {dims}-D with {channels} channel(s); allowed are 2-D, grey (1) and RGB (3)")
-    percentiles = settings["percentiles"]
-    if settings["window"] is None and percentiles is None and not all(form.eight_bit for form in forms.values()):
-        percentiles = PERCENTILES
     size = settings["size"] or (_TEXT_SIZE if settings["text_transform"] else None)
     return ClassRecipe(
         channels=channels,
         window=settings["window"] and tuple(settings["window"]),
-        percentiles=percentiles and tuple(percentiles),
+        percentiles=percentiles_for(settings["window"], settings["percentiles"], forms.values()),
         grey=settings["grey"],
         size=size and (size[0], size[-1]),
         text_transform=settings["text_transform"],
@@ -416,12 +411,6 @@ def _head(
     shapes = {result.shape for result in results}
     said = {form.modality for form in forms.values()}
     modality = modality or found.modality or (said.pop() if len(said) == 1 else "")
-    if recipe.window:
-        unit, limits = "window", recipe.window
-    elif recipe.percentiles:
-        unit, limits = "percentile of each image", recipe.percentiles
-    else:
-        unit, limits = "grey value", (0, 255)
     return {
         "name": name,
         "task": "classes",
@@ -429,7 +418,7 @@ def _head(
         "image_channels": recipe.channels,
         "channel_names": ["R", "G", "B"] if recipe.channels == 3 else [modality or "L"],
         "spatial_shape": list(shapes.pop()) if len(shapes) == 1 else None,
-        "intensity": {"unit": unit, "min": limits[0], "max": limits[1], "stored": "uint8 0..255"},
+        "intensity": intensity_entry(recipe.window, recipe.percentiles),
         "classes": {name: number for number, name in enumerate(found.classes)},
     }
 

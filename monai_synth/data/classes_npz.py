@@ -15,8 +15,8 @@ from typing import IO
 import numpy as np
 
 from monai_synth.data.classes_source import ClassSource, Item
-from monai_synth.data.lidc_series import Problem
-from monai_synth.data.pairs_read import Form
+from monai_synth.data.pictures_read import Form
+from monai_synth.data.problems import Problem
 from monai_synth.errors import UserError
 
 _PARTS = {"training": "train", "validation": "val", "test": "test"}

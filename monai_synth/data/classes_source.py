@@ -2,7 +2,7 @@
 """Which image is of which class: the forms of a source of ``monai-synth prepare classes``.
 
 Known are a folder per class, a CSV file, the CSV files of CheXpert and the archives of MedMNIST
-(``classes_npz``). Files are told by their names here; what is in them is read by ``pairs_read``.
+(``classes_npz``). Files are told by their names here; what is in them is read by ``pictures_read``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from monai_synth.data.datalist import SPLITS
-from monai_synth.data.lidc_series import Problem
-from monai_synth.data.pairs_read import ending_of
-from monai_synth.data.pairs_source import SPLIT_FOLDERS, image_files, plain, split_folders
+from monai_synth.data.pictures_read import ending_of
+from monai_synth.data.problems import Problem
+from monai_synth.data.source_files import SPLIT_FOLDERS, image_files, plain, split_folders
 from monai_synth.errors import UserError
 
 _SPLIT_OF_WORD = {word: split for split, words in SPLIT_FOLDERS.items() for word in words}

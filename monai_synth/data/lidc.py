@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from monai_synth import __version__
 from monai_synth.data.lidc_scan import ScanResult, ScanTask, prepare_scan
-from monai_synth.data.lidc_series import Problem, Series
+from monai_synth.data.lidc_series import Series
 from monai_synth.data.lidc_source import Source, find_scans
+from monai_synth.data.problems import Problem
 from monai_synth.data.semantic import HU_MAX, HU_MIN, LABELS
 from monai_synth.data.whole_folder import cannot_write, check_output, partial_folder, whole_folder
 from monai_synth.data.workers import map_unordered, stopped, worker_count

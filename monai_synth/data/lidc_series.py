@@ -20,6 +20,7 @@ import pydicom
 from pydicom.pixels import get_decoder
 
 from monai_synth.data.lidc_xml import read_lidc_xml
+from monai_synth.data.problems import Problem
 from monai_synth.data.semantic import HU_MIN
 from monai_synth.errors import UserError
 
@@ -42,19 +43,6 @@ _NEEDED_TAGS = [
     *("RescaleSlope", "RescaleIntercept"),
 ]
 _MEND = "copy it again from its source, or leave its series out (skip_bad)"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that cannot be used.
-
-    Attributes:
-        code: short reason without identifiers, for counts.
-        message: one line for the user: which file, what was got, what is allowed, how to mend it.
-    """
-
-    code: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)

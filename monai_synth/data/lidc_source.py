@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from monai_synth.data.lidc_series import (
-    Problem,
     ReadingFile,
     Series,
     SliceFile,
@@ -24,6 +22,8 @@ from monai_synth.data.lidc_series import (
     slice_thickness,
 )
 from monai_synth.data.lidc_xml import read_lidc_xml
+from monai_synth.data.problems import Problem
+from monai_synth.data.source_files import files_below
 from monai_synth.data.workers import map_unordered, stopped
 from monai_synth.errors import UserError
 
@@ -91,24 +91,6 @@ def find_scans(
     _match(found, group_series(slices), _one_reading_per_series(found, readings), max_slice_thickness)
     found.problems.sort(key=lambda p: p.message)
     return found
-
-
-def files_below(source: Path, leave_out: Sequence[Path], problems: list[Problem]) -> Iterator[str]:
-    """Paths of all files; folders that are linked twice, or into themselves, are looked into once."""
-    seen = {(info.st_dev, info.st_ino) for info in (p.stat() for p in leave_out if p.is_dir())}
-
-    def refuse(error: OSError) -> None:
-        msg = f"{error.filename}: the folder cannot be read ({error.strerror}); mend its permissions"
-        problems.append(Problem("unreadable", msg))
-
-    for root, folders, files in os.walk(source, followlinks=True, onerror=refuse):
-        info = os.stat(root)
-        if (info.st_dev, info.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        folders.sort()
-        yield from (os.path.join(root, name) for name in files)
 
 
 def _inspect_files(paths: list[str]) -> list[SliceFile | ReadingFile | Problem | str | None]:

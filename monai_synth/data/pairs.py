@@ -18,13 +18,12 @@ from tqdm import tqdm
 from monai_synth import __version__
 from monai_synth.atomic import write_json
 from monai_synth.data.datalist import SPLITS
-from monai_synth.data.lidc_series import Problem
+from monai_synth.data.intensity import intensity_entry, percentiles_for
 from monai_synth.data.pair_files import FILE_ENDINGS
 from monai_synth.data.pairs_output import PairResult, PairTask, Recipe, prepare_pair
-from monai_synth.data.pairs_read import Form
-from monai_synth.data.pairs_source import Pair, PairSource, find_pairs, plain
+from monai_synth.data.pairs_source import Pair, PairSource, find_pairs
+from monai_synth.data.pictures_read import Form
 from monai_synth.data.prepare_shared import (
-    PERCENTILES,
     check_places,
     check_settings,
     count_copies,
@@ -32,8 +31,9 @@ from monai_synth.data.prepare_shared import (
     groups_by_regex,
     inspect_forms,
     kind_of,
-    refuse_or_count,
 )
+from monai_synth.data.problems import Problem, refuse_or_count
+from monai_synth.data.source_files import plain
 from monai_synth.data.whole_folder import cannot_write, whole_folder
 from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
@@ -247,9 +247,6 @@ def _recipe(
     for key in ("size", "patch_size"):
         if settings[key] is not None and len(settings[key]) != dims:
             raise UserError(f"{key} is {settings[key]}, the images have {dims} axes; give one number for each")
-    percentiles = settings["percentiles"]
-    if settings["window"] is None and percentiles is None and not all(form.eight_bit for form in forms.values()):
-        percentiles = PERCENTILES
     lists = {key: settings[key] and tuple(settings[key]) for key in ("window", "size", "patch_size")}
     return Recipe(
         spatial_dims=dims,
@@ -257,7 +254,7 @@ def _recipe(
         num_labels=len(names) + 1,
         label_values=values,
         threshold=settings["threshold"],
-        percentiles=percentiles and tuple(percentiles),
+        percentiles=percentiles_for(settings["window"], settings["percentiles"], forms.values()),
         grey=settings["grey"],
         stride=settings["stride"],
         **lists,
@@ -337,12 +334,6 @@ def _head(
 ) -> dict[str, Any]:
     channel_names = _channel_names(modality, found, forms, recipe)
     shapes = set().union(*(result.shapes for result in results))
-    if recipe.window:
-        unit, limits = "window", recipe.window
-    elif recipe.percentiles:
-        unit, limits = "percentile of each image", recipe.percentiles
-    else:
-        unit, limits = "grey value", (0, 255)
     return {
         "name": name,
         "task": "pairs",
@@ -351,7 +342,7 @@ def _head(
         "channel_names": channel_names,
         "spatial_dims": recipe.spatial_dims,
         "spatial_shape": list(next(iter(shapes))) if len(shapes) == 1 else None,
-        "intensity": {"unit": unit, "min": limits[0], "max": limits[1], "stored": "uint8 0..255"},
+        "intensity": intensity_entry(recipe.window, recipe.percentiles),
         "labels": {"background": 0, **{label: i for i, label in enumerate(labels, 1)}},
         "file_ending": FILE_ENDINGS[recipe.spatial_dims],
     }

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from monai_synth.data.lidc_series import Problem
+from monai_synth.data.intensity import to_uint8
 from monai_synth.data.pair_files import FILE_ENDINGS, resize_image, resize_label, write_image, write_label
-from monai_synth.data.pairs_read import Mask, Picture, read_mask, read_picture
 from monai_synth.data.pairs_source import Pair
+from monai_synth.data.pictures_read import Mask, Picture, read_mask, read_picture
+from monai_synth.data.problems import Problem
 from monai_synth.data.workers import stopped
 from monai_synth.errors import UserError
 
@@ -123,31 +123,6 @@ def prepare_pair(task: PairTask, folder: Path) -> PairResult | Problem | None:
         name = task.case_id + _place(start) if recipe.patch_size else task.case_id
         _write(result, folder, name, image[(slice(None), *cut)], label[cut], spacing)
     return result
-
-
-def to_uint8(
-    picture: Picture,
-    window: Sequence[float] | None = None,
-    percentiles: Sequence[float] | None = None,
-    grey: bool = False,
-) -> np.ndarray:
-    """Image uint8 (C, *S): kept, or a window or percentiles of each channel spread over 0 to 255; RGB made grey."""
-    values = picture.values
-    if window is not None:
-        values = _spread(values, *window)
-    elif percentiles is not None:
-        values = np.stack([_spread(channel, *np.percentile(channel, percentiles)) for channel in values])
-    if picture.inverted:
-        values = 255 - values
-    if grey and len(values) == 3:
-        values = np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1))).convert("L"))[None]
-    return values
-
-
-def _spread(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """``low`` or less to 0, ``high`` or more to 255, linear between."""
-    share = (values.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1e-12))
-    return (255 * share.clip(0, 1)).round().astype(np.uint8)
 
 
 def to_labels(mask: Mask, recipe: Recipe, path: str) -> tuple[np.ndarray, int | None]:

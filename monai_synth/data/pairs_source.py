@@ -2,30 +2,24 @@
 """Which image belongs to which label map: the forms of a source of ``monai-synth prepare pairs``.
 
 Known are two folders with equal stems, the same per split, and the raw datasets of nnU-Net v2 and of the Medical
-Segmentation Decathlon (MSD). Files are told by their names here; what is in them is read by ``pairs_read``.
+Segmentation Decathlon (MSD). Files are told by their names here; what is in them is read by ``pictures_read``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monai_synth.data.lidc_series import Problem
-from monai_synth.data.lidc_source import files_below
-from monai_synth.data.pairs_read import ENDINGS, ending_of
+from monai_synth.data.pictures_read import ENDINGS
+from monai_synth.data.problems import Problem
+from monai_synth.data.source_files import files_below, image_files, plain, split_folders
 from monai_synth.errors import UserError
 
-SPLIT_FOLDERS = {
-    "training": ("train", "training"),
-    "validation": ("val", "validation", "valid"),
-    "test": ("test", "testing"),
-}
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 
 
@@ -158,11 +152,6 @@ def _parts(source: Path, image_dir: str, label_dir: str, found: PairSource) -> l
     return parts
 
 
-def split_folders(folder: Path) -> list[tuple[str, str]]:
-    """Splits with the names of their folders in ``folder``."""
-    return [(split, name) for split, names in SPLIT_FOLDERS.items() for name in names if (folder / name).is_dir()]
-
-
 def _holds_only_splits(folder: Path) -> bool:
     inside = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
     return "training" in dict(split_folders(folder)) and inside == {name for _, name in split_folders(folder)}
@@ -259,21 +248,6 @@ def _by_key(folder: Path, found: PairSource) -> dict[str, str]:
     return {key: several[0] for key, several in paths.items()}
 
 
-def image_files(folder: Path, problems: list[Problem]) -> Iterator[tuple[str, str]]:
-    """Key (path below ``folder`` without its ending, with "/") and path of all images; unknown kinds are problems."""
-    for path in sorted(files_below(folder, (), problems)):
-        name = os.path.basename(path)
-        if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
-            continue
-        ending = ending_of(path)
-        if ending is None:
-            allowed = ", ".join(ENDINGS)
-            problems.append(Problem("unknown_ending", f"{path}: no image that can be read; allowed are {allowed}"))
-            continue
-        relative = Path(path).relative_to(folder).as_posix()
-        yield relative[: len(relative) - len(ending)], path
-
-
 def _by_channel(images: Mapping[str, str], found: PairSource) -> dict[str, tuple[str, ...]]:
     """Files by case of an nnU-Net raw dataset, in order of their channels."""
     cases: dict[str, dict[str, str]] = defaultdict(dict)
@@ -308,8 +282,3 @@ def _refuse_same_names(found: PairSource) -> None:
             msg = f"{pair.images[0]}: its name becomes that of {other.images[0]}; rename one"
             found.problems.append(Problem("duplicate_stem", msg))
     found.pairs = list(first.values())
-
-
-def plain(name: str) -> str:
-    """``name`` with letters, digits, "-", "_" and "." only, as file names and nnU-Net take it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)

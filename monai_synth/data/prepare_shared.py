@@ -14,13 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from monai_synth.data.datalist import SPLITS
-from monai_synth.data.lidc_series import Problem
-from monai_synth.data.pairs_read import Form, inspect_image
+from monai_synth.data.pictures_read import Form, inspect_image
+from monai_synth.data.problems import MAX_REPORTED, Problem
 from monai_synth.data.whole_folder import check_output
 from monai_synth.errors import UserError
 
-MAX_REPORTED = 10
-PERCENTILES = (0.5, 99.5)
 Check = tuple[str, str, Callable[[Any], bool]]
 
 CHECKS: tuple[Check, ...] = (
@@ -133,22 +131,6 @@ def given_split_of_groups(members: Iterable[tuple[str, str]]) -> dict[str, str]:
                 f"group {group} is in {both} of the source; move its images into one, or change --group-regex"
             )
     return given
-
-
-def refuse_or_count(problems: Sequence[Problem], ignored: Mapping[str, int], source: Path, skip_bad: bool) -> None:
-    """Refuse a source with problems, or log them where ``skip_bad``."""
-    lines = sorted(problem.message for problem in problems)
-    if lines and not skip_bad:
-        shown = lines[:MAX_REPORTED]
-        if len(lines) > len(shown):
-            shown.append(f"... and {len(lines) - len(shown)} more")
-        head = f"source {source} has {len(lines)} unusable file(s), so nothing is written; "
-        raise UserError("\n  ".join([head + "mend them, or prepare the rest with --skip-bad:", *shown]))
-    log = logging.getLogger(__name__)
-    for line in lines:
-        log.warning("left out: %s", line)
-    for reason, number in ignored.items():
-        log.warning("left out: %d file(s), %s", number, reason)
 
 
 def count_copies(images: Iterable[tuple[str, str, str]]) -> int:

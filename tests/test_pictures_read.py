@@ -17,9 +17,10 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from monai_synth.data.intensity import to_uint8
 from monai_synth.data.pairs import prepare_pairs
-from monai_synth.data.pairs_output import Recipe, to_labels, to_uint8
-from monai_synth.data.pairs_read import ENDINGS, ending_of, inspect_image, read_mask, read_picture
+from monai_synth.data.pairs_output import Recipe, to_labels
+from monai_synth.data.pictures_read import ENDINGS, ending_of, inspect_image, read_mask, read_picture
 from monai_synth.errors import UserError
 
 RNG = np.random.default_rng(0)
