@@ -7,6 +7,7 @@ A run that is done has ``runs/<row>_seed<k>.json`` with its probabilities and cu
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import time
@@ -95,6 +96,7 @@ def run_job(job: Job) -> dict[str, Any] | None:
             return _run(job, device)
     finally:
         torch.set_num_threads(threads)
+        gc.collect()  # engine and handlers refer to each other, and through them the weights would stay
 
 
 def initial_network(values: Mapping[str, Any], seed: int, mean: list[float], std: list[float]) -> ImageClassifier:
