@@ -6,10 +6,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from monai_synth import __version__
-from monai_synth.atomic import write_json
 from monai_synth.data.classes_npz import find_in_npz, read_images
 from monai_synth.data.classes_source import ClassSource, Item, find_in_chexpert, find_in_csv, find_in_folders
 from monai_synth.data.classes_split import split_by_class
@@ -29,16 +25,21 @@ from monai_synth.data.intensity import intensity_entry, percentiles_for, to_uint
 from monai_synth.data.pair_files import resize_image, write_image
 from monai_synth.data.pictures_read import Form, Picture, read_picture
 from monai_synth.data.prepare_shared import (
+    case_ids,
     check_places,
     check_settings,
-    count_copies,
+    gather,
     groups_by_regex,
     inspect_forms,
     kind_of,
+    listed,
+    shared_settings,
+    source_entry,
+    write_dataset,
 )
 from monai_synth.data.problems import Problem, refuse_or_count
 from monai_synth.data.source_files import plain
-from monai_synth.data.whole_folder import cannot_write, whole_folder
+from monai_synth.data.whole_folder import whole_dataset
 from monai_synth.data.workers import map_unordered, stopped, worker_count
 from monai_synth.errors import UserError
 
@@ -167,20 +168,22 @@ def prepare_classes(
     source, out = Path(source).expanduser().absolute(), Path(os.path.abspath(Path(out).expanduser()))
     columns = {"path": path_column, "label": label_column, "patient": patient_column, "split": split_column}
     settings = {
-        "classes": None if classes is None else list(classes),
-        "class_names": None if class_names is None else list(class_names),
+        "classes": listed(classes, str),
+        "class_names": listed(class_names, str),
         "columns": {key: value for key, value in columns.items() if value is not None},
         "observation": observation if chexpert else None,
         "uncertain": uncertain if chexpert else None,
-        "size": None if size is None else [int(n) for n in size],
+        "size": listed(size, int),
         "text_transform": bool(text_transform),
-        "window": None if window is None else [float(v) for v in window],
-        "percentiles": None if percentiles is None else [float(v) for v in percentiles],
-        "grey": bool(grey),
-        "group_regex": group_regex,
-        "anonymize_ids": bool(anonymize_ids),
-        "splits": [float(s) for s in splits],
-        "seed": int(seed),
+        **shared_settings(
+            window=window,
+            percentiles=percentiles,
+            grey=grey,
+            group_regex=group_regex,
+            anonymize_ids=anonymize_ids,
+            splits=splits,
+            seed=seed,
+        ),
     }
     _check_settings(settings)
     check_places([source], out, overwrite)
@@ -192,25 +195,16 @@ def prepare_classes(
     if skip_bad or not found.problems:  # else these are told first, with those that are found on the way
         split_by_class(found, group_of, settings["splits"], seed)  # what cannot be split is told before the work
     tasks = _tasks(found, group_of, recipe, anonymize_ids or any(form.modality for form in forms.values()))
-    workers = worker_count(num_workers)
-    if num_workers is None:
-        workers = min(workers, -(-len(tasks) // _IMAGES_PER_WORKER))
-    with whole_folder(out, overwrite=overwrite) as folder:
-        try:
-            results = _prepare_all(tasks, folder, workers, found, progress)
-            refuse_or_count(found.problems, found.ignored, source, skip_bad)
-            _refuse_nothing(found, source)
-            split_of = split_by_class(found, group_of, settings["splits"], seed)
-            content = {
-                **_head(name or source.name.removesuffix(".npz"), modality, found, forms, recipe, results),
-                "source": _source(found, group_of, split_of, results),
-                "created_with": {"monai_synth": __version__, "settings": settings},
-                **{s: [r.case for r in results if split_of[r.task.item.name] == s] for s in SPLITS},
-            }
-            write_json(folder / "dataset.json", content)
-        except OSError as error:
-            raise UserError(cannot_write(out, error)) from error
-    return content
+    workers = worker_count(num_workers, useful=-(-len(tasks) // _IMAGES_PER_WORKER))
+    with whole_dataset(out, overwrite=overwrite) as folder:
+        results = _prepare_all(tasks, folder, workers, found, progress)
+        refuse_or_count(found.problems, found.ignored, source, skip_bad)
+        _refuse_nothing(found, source)
+        split_of = split_by_class(found, group_of, settings["splits"], seed)
+        head = _head(name or source.name.removesuffix(".npz"), modality, found, forms, recipe, results)
+        about = _source(found, group_of, split_of, results)
+        cases = ((split_of[result.task.item.name], result.case) for result in results)
+        return write_dataset(folder, head, about, settings, cases)
 
 
 def prepare_image(task: ClassTask, folder: Path, picture: Picture | None = None) -> ClassResult | Problem | None:
@@ -354,20 +348,8 @@ def _groups(found: ClassSource, forms: Mapping[str, Form], regex: str | None) ->
 
 
 def _tasks(found: ClassSource, group_of: Mapping[str, str], recipe: ClassRecipe, serial: bool) -> list[ClassTask]:
-    number = {group: f"p{i:05d}" for i, group in enumerate(sorted(set(group_of.values())), 1)}
-    members: dict[str, list[Item]] = defaultdict(list)
-    for item in found.items:
-        members[group_of[item.name]].append(item)
-    return [
-        ClassTask(
-            item,
-            f"{number[group]}-{i:04d}" if serial else plain(item.name),
-            number[group] if serial else group,
-            recipe,
-        )
-        for group, items in members.items()
-        for i, item in enumerate(items, 1)
-    ]
+    ids = case_ids({item.name: group_of[item.name] for item in found.items}, serial=serial, digits=5)
+    return [ClassTask(item, *ids[item.name], recipe) for item in found.items]
 
 
 def _prepare_all(
@@ -379,20 +361,13 @@ def _prepare_all(
         made = _from_archive(tasks, folder)
     else:
         made = map_unordered(partial(prepare_image, folder=folder), tasks, workers)
-    results = []
-    with (
-        tqdm(total=len(tasks), desc="preparing images", unit="image", disable=not progress) as bar,
-        closing(made) as items,
-    ):
-        for item in items:
-            bar.update()
-            (found.problems if isinstance(item, Problem) else results).append(item)
+    results = gather(made, len(tasks), "image", found.problems, progress)
     done = {result.task.item.name for result in results}
     found.items = [item for item in found.items if item.name in done]
-    return sorted(results, key=lambda result: result.task.case_id)
+    return results
 
 
-def _from_archive(tasks: Sequence[ClassTask], folder: Path) -> Iterator[ClassResult | Problem | None]:
+def _from_archive(tasks: Sequence[ClassTask], folder: Path) -> Generator[ClassResult | Problem | None]:
     by_name = {task.item.name: task for task in tasks}
     images = ((by_name[name], image) for name, image in read_images(Path(tasks[0].item.path)) if name in by_name)
     with ThreadPoolExecutor(_WRITERS) as pool:
@@ -431,13 +406,5 @@ def _source(
         absent = [name for label, name in enumerate(found.classes) if not numbers[split, label]]
         if absent and split in split_of.values():
             _LOG.warning("no image of %s in %s", ", ".join(absent), split)
-    return {
-        "form": found.form,
-        "given_splits": list(found.given_splits),
-        "num_images": len(results),
-        "num_groups": len({group_of[item.name] for item in found.items}),
-        "num_cases": {s: {name: numbers[s, k] for k, name in enumerate(found.classes)} for s in SPLITS},
-        "num_repeated_images": count_copies((r.task.item.name, group_of[r.task.item.name], r.digest) for r in results),
-        "ignored": dict(sorted(found.ignored.items())),
-        "bad": dict(sorted(Counter(problem.code for problem in found.problems).items())),
-    }
+    counts = {"num_cases": {s: {name: numbers[s, k] for k, name in enumerate(found.classes)} for s in SPLITS}}
+    return source_entry(found, group_of, {r.task.item.name: r.digest for r in results}, counts)

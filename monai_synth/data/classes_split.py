@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from monai_synth.data.classes_source import ClassSource
-from monai_synth.data.datalist import SPLITS
-from monai_synth.data.prepare_shared import given_split_of_groups
+from monai_synth.data.prepare_shared import groups_to_split
 from monai_synth.errors import UserError
 
 
@@ -34,9 +33,8 @@ def split_by_class(
     Raises:
         UserError: a group in two splits of the source, a split without an image, or a class without one to train on.
     """
-    split_of_group = given_split_of_groups((group_of[item.name], item.split) for item in found.items)
-    pool = sorted(group for group, split in split_of_group.items() if split == "training")
-    shares = {s: share for s, share in zip(SPLITS, splits, strict=True) if share > 0 and s not in found.given_splits}
+    members = ((group_of[item.name], item.split) for item in found.items)
+    split_of_group, pool, shares = groups_to_split(members, found.given_splits, splits)
     number = {group: row for row, group in enumerate(pool)}
     counts = np.zeros((len(pool), len(found.classes)), int)
     for item in found.items:

@@ -24,7 +24,7 @@ from monai_synth.data.lidc_series import Series
 from monai_synth.data.lidc_source import Source, find_scans
 from monai_synth.data.problems import Problem
 from monai_synth.data.semantic import HU_MAX, HU_MIN, LABELS
-from monai_synth.data.whole_folder import cannot_write, check_output, partial_folder, whole_folder
+from monai_synth.data.whole_folder import check_output, partial_folder, whole_dataset
 from monai_synth.data.workers import map_unordered, stopped, worker_count
 from monai_synth.errors import UserError
 
@@ -106,14 +106,11 @@ def prepare_lidc(
     if not found.scans:
         raise UserError(_nothing_usable(found, source))
     tasks = _tasks(found.scans, settings)
-    with whole_folder(out, overwrite=overwrite) as folder:
-        try:
-            results = _prepare_scans(tasks, folder, workers, found, source, skip_bad, progress)
-            content = _content(name, results, found, settings)
-            text = json.dumps(content, indent=1) + "\n"
-            (folder / "dataset.json").write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(cannot_write(out, error)) from error
+    with whole_dataset(out, overwrite=overwrite) as folder:
+        results = _prepare_scans(tasks, folder, workers, found, source, skip_bad, progress)
+        content = _content(name, results, found, settings)
+        text = json.dumps(content, indent=1) + "\n"
+        (folder / "dataset.json").write_text(text, encoding="utf-8")
     if table is not None:
         _write_link_table(table, tasks, {(r.patient, r.scan) for r in results})
     return content

@@ -5,36 +5,35 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from monai_synth import __version__
-from monai_synth.atomic import write_json
 from monai_synth.data.datalist import SPLITS
 from monai_synth.data.intensity import intensity_entry, percentiles_for
 from monai_synth.data.pair_files import FILE_ENDINGS
 from monai_synth.data.pairs_output import PairResult, PairTask, Recipe, prepare_pair
-from monai_synth.data.pairs_source import Pair, PairSource, find_pairs
+from monai_synth.data.pairs_source import PairSource, find_pairs
 from monai_synth.data.pictures_read import Form
 from monai_synth.data.prepare_shared import (
+    case_ids,
     check_places,
     check_settings,
-    count_copies,
-    given_split_of_groups,
+    gather,
     groups_by_regex,
+    groups_to_split,
     inspect_forms,
     kind_of,
+    listed,
+    shared_settings,
+    source_entry,
+    write_dataset,
 )
-from monai_synth.data.problems import Problem, refuse_or_count
-from monai_synth.data.source_files import plain
-from monai_synth.data.whole_folder import cannot_write, whole_folder
+from monai_synth.data.problems import refuse_or_count
+from monai_synth.data.whole_folder import whole_dataset
 from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
 
@@ -114,19 +113,21 @@ def prepare_pairs(
     source, out = Path(source).expanduser().absolute(), Path(os.path.abspath(Path(out).expanduser()))
     test = None if test_dir is None else Path(test_dir).expanduser().absolute()
     settings = {
-        "labels": None if labels is None else list(labels),
-        "label_values": None if label_values is None else [int(v) for v in label_values],
+        "labels": listed(labels, str),
+        "label_values": listed(label_values, int),
         "threshold": None if threshold is None else float(threshold),
-        "size": None if size is None else [int(n) for n in size],
-        "patch_size": None if patch_size is None else [int(n) for n in patch_size],
+        "size": listed(size, int),
+        "patch_size": listed(patch_size, int),
         "stride": None if stride is None else int(stride),
-        "window": None if window is None else [float(v) for v in window],
-        "percentiles": None if percentiles is None else [float(v) for v in percentiles],
-        "grey": bool(grey),
-        "group_regex": group_regex,
-        "anonymize_ids": bool(anonymize_ids),
-        "splits": [float(s) for s in splits],
-        "seed": int(seed),
+        **shared_settings(
+            window=window,
+            percentiles=percentiles,
+            grey=grey,
+            group_regex=group_regex,
+            anonymize_ids=anonymize_ids,
+            splits=splits,
+            seed=seed,
+        ),
     }
     _check_settings(settings)
     check_places([source] if test is None else [source, test], out, overwrite)
@@ -140,27 +141,17 @@ def prepare_pairs(
     if skip_bad or not found.problems:  # else these are told first, with those that are found on the way
         split_groups(found, group_of, settings["splits"], seed)  # too few groups are told before the work
     tasks = _tasks(found, group_of, recipe, anonymize_ids or any(f.modality for f in forms.values()))
-    workers = worker_count(num_workers)
-    if num_workers is None:
-        workers = min(workers, -(-len(tasks) // _PAIRS_PER_WORKER))
-    with whole_folder(out, overwrite=overwrite) as folder:
-        try:
-            results = _prepare_all(tasks, folder, workers, found, progress)
-            refuse_or_count(found.problems, found.ignored, source, skip_bad)
-            _refuse_nothing(found, source)
-            _refuse_several_values(results)
-            split_of = split_groups(found, group_of, settings["splits"], seed)
-            head = _head(name or source.name, modality, found, forms, recipe, label_names, results)
-            content = {
-                **head,
-                "source": _source(found, group_of, list(head["labels"]), results),
-                "created_with": {"monai_synth": __version__, "settings": settings},
-                **{s: [c for r in results if split_of[r.task.pair.name] == s for c in r.cases] for s in SPLITS},
-            }
-            write_json(folder / "dataset.json", content)
-        except OSError as error:
-            raise UserError(cannot_write(out, error)) from error
-    return content
+    workers = worker_count(num_workers, useful=-(-len(tasks) // _PAIRS_PER_WORKER))
+    with whole_dataset(out, overwrite=overwrite) as folder:
+        results = _prepare_all(tasks, folder, workers, found, progress)
+        refuse_or_count(found.problems, found.ignored, source, skip_bad)
+        _refuse_nothing(found, source)
+        _refuse_several_values(results)
+        split_of = split_groups(found, group_of, settings["splits"], seed)
+        head = _head(name or source.name, modality, found, forms, recipe, label_names, results)
+        about = _source(found, group_of, list(head["labels"]), results)
+        cases = ((split_of[result.task.pair.name], case) for result in results for case in result.cases)
+        return write_dataset(folder, head, about, settings, cases)
 
 
 def split_groups(found: PairSource, group_of: Mapping[str, str], splits: Sequence[float], seed: int) -> dict[str, str]:
@@ -181,9 +172,8 @@ def split_groups(found: PairSource, group_of: Mapping[str, str], splits: Sequenc
     Raises:
         UserError: fewer groups than splits, or a group in two splits of the source.
     """
-    given = given_split_of_groups((group_of[pair.name], pair.split) for pair in found.pairs)
-    pool = sorted(group for group, split in given.items() if split == "training")
-    shares = {s: share for s, share in zip(SPLITS, splits, strict=True) if share > 0 and s not in found.given_splits}
+    members = ((group_of[pair.name], pair.split) for pair in found.pairs)
+    given, pool, shares = groups_to_split(members, found.given_splits, splits)
     if len(pool) < len(shares):
         got = f"{len(found.pairs)} pair(s) in {len(given)} group(s), {len(pool)} of them to split"
         remedy = "add images, or give --splits 1 0 0 (all for training) or --splits 0.5 0 0.5"
@@ -269,17 +259,8 @@ def _groups(found: PairSource, forms: Mapping[str, Form], regex: str | None) -> 
 
 
 def _tasks(found: PairSource, group_of: Mapping[str, str], recipe: Recipe, serial: bool) -> list[PairTask]:
-    groups = sorted(set(group_of.values()))
-    number = {group: f"p{i:04d}" for i, group in enumerate(groups, 1)}
-    members: dict[str, list[Pair]] = defaultdict(list)
-    for pair in found.pairs:
-        members[group_of[pair.name]].append(pair)
-    tasks = []
-    for group, pairs in members.items():
-        for i, pair in enumerate(pairs, 1):
-            case_id = f"{number[group]}-{i:04d}" if serial else plain(pair.name)
-            tasks.append(PairTask(pair, case_id, number[group] if serial else plain(group), recipe))
-    return sorted(tasks, key=lambda task: task.case_id)
+    ids = case_ids({pair.name: group_of[pair.name] for pair in found.pairs}, serial=serial, digits=4)
+    return sorted((PairTask(pair, *ids[pair.name], recipe) for pair in found.pairs), key=lambda task: task.case_id)
 
 
 def _prepare_all(
@@ -288,17 +269,11 @@ def _prepare_all(
     """Results in order of the case ids; problems go to ``found``, which keeps the pairs that are well."""
     for part in ("images", "labels"):
         (folder / part).mkdir()
-    results = []
-    with (
-        tqdm(total=len(tasks), desc="preparing pairs", unit="pair", disable=not progress) as bar,
-        closing(map_unordered(partial(prepare_pair, folder=folder), tasks, workers)) as items,
-    ):
-        for item in items:
-            bar.update()
-            (found.problems if isinstance(item, Problem) else results).append(item)
+    made = map_unordered(partial(prepare_pair, folder=folder), tasks, workers)
+    results = gather(made, len(tasks), "pair", found.problems, progress)
     done = {result.task.pair.name for result in results}
     found.pairs = [pair for pair in found.pairs if pair.name in done]
-    return sorted(results, key=lambda result: result.task.case_id)
+    return results
 
 
 def _refuse_nothing(found: PairSource, source: Path) -> None:
@@ -366,14 +341,8 @@ def _source(
     for label, number in zip(labels, num_with, strict=True):
         if number == 0:
             _LOG.warning("no mask shows %s", label)
-    return {
-        "form": found.form,
-        "given_splits": list(found.given_splits),
-        "num_images": len(results),
-        "num_groups": len({group_of[pair.name] for pair in found.pairs}),
+    counts = {
         "num_cases": sum(len(result.cases) for result in results),
         "num_cases_with": dict(zip(labels, num_with, strict=True)),
-        "num_repeated_images": count_copies((r.task.pair.name, group_of[r.task.pair.name], r.digest) for r in results),
-        "ignored": dict(sorted(found.ignored.items())),
-        "bad": dict(sorted(Counter(problem.code for problem in found.problems).items())),
     }
+    return source_entry(found, group_of, {r.task.pair.name: r.digest for r in results}, counts)

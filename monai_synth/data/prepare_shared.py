@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every ``prepare`` verb for users' own files does alike: checks, headers, groups, refusals and copies."""
+"""What every ``prepare`` verb for users' own files does alike: settings, headers, groups, names and the record."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from monai_synth import __version__
+from monai_synth.atomic import write_json
 from monai_synth.data.datalist import SPLITS
 from monai_synth.data.pictures_read import Form, inspect_image
 from monai_synth.data.problems import MAX_REPORTED, Problem
+from monai_synth.data.source_files import plain
 from monai_synth.data.whole_folder import check_output
 from monai_synth.errors import UserError
+
+if TYPE_CHECKING:
+    from monai_synth.data.classes_source import ClassSource
+    from monai_synth.data.pairs_source import PairSource
 
 Check = tuple[str, str, Callable[[Any], bool]]
 
@@ -31,6 +39,33 @@ CHECKS: tuple[Check, ...] = (
     ),
     ("seed", "0 or more", lambda v: v >= 0),
 )
+
+
+def shared_settings(
+    *,
+    window: Sequence[float] | None,
+    percentiles: Sequence[float] | None,
+    grey: bool,
+    group_regex: str | None,
+    anonymize_ids: bool,
+    splits: Sequence[float],
+    seed: int,
+) -> dict[str, Any]:
+    """The settings that every verb has, as they are recorded."""
+    return {
+        "window": listed(window, float),
+        "percentiles": listed(percentiles, float),
+        "grey": bool(grey),
+        "group_regex": group_regex,
+        "anonymize_ids": bool(anonymize_ids),
+        "splits": listed(splits, float),
+        "seed": int(seed),
+    }
+
+
+def listed(values: Iterable[Any] | None, kind: Callable[[Any], Any]) -> list[Any] | None:
+    """``values`` each made a ``kind``; None where they are not given."""
+    return None if values is None else [kind(value) for value in values]
 
 
 def check_settings(settings: Mapping[str, Any], checks: Iterable[Check]) -> None:
@@ -117,12 +152,46 @@ def groups_by_regex(keys: Mapping[str, str], regex: str) -> dict[str, str]:
     return groups
 
 
-def given_split_of_groups(members: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Split by group, from (group, split) of each image.
+def case_ids(group_of: Mapping[str, str], *, serial: bool, digits: int) -> dict[str, tuple[str, str]]:
+    """Names that an image and its patient get in the dataset, by name of the image.
+
+    Args:
+        group_of: patient by name of the image.
+        serial: numbers, of ``digits`` digits for patients, instead of the source's names.
+        digits: so many.
+    """
+    number = {group: f"p{i:0{digits}d}" for i, group in enumerate(sorted(set(group_of.values())), 1)}
+    so_far: Counter[str] = Counter()
+    names = {}
+    for name, group in group_of.items():
+        so_far[group] += 1
+        names[name] = (f"{number[group]}-{so_far[group]:04d}", number[group]) if serial else (plain(name), plain(group))
+    return names
+
+
+def groups_to_split(
+    members: Iterable[tuple[str, str]], given_splits: Sequence[str], splits: Sequence[float]
+) -> tuple[dict[str, str], list[str], dict[str, float]]:
+    """What the source has decided about the splits and what is left to decide.
+
+    Args:
+        members: group and split of each image.
+        given_splits: which the source gives, beside the training images.
+        splits: shares for training, validation and test.
+
+    Returns:
+        Split by group; the groups of the training images, sorted; and the shares of these by split.
 
     Raises:
         UserError: a group is in two splits.
     """
+    split_of = _split_of_groups(members)
+    pool = sorted(group for group, split in split_of.items() if split == "training")
+    shares = {s: share for s, share in zip(SPLITS, splits, strict=True) if share > 0 and s not in given_splits}
+    return split_of, pool, shares
+
+
+def _split_of_groups(members: Iterable[tuple[str, str]]) -> dict[str, str]:
     given: dict[str, str] = {}
     for group, split in members:
         if given.setdefault(group, split) != split:
@@ -131,6 +200,80 @@ def given_split_of_groups(members: Iterable[tuple[str, str]]) -> dict[str, str]:
                 f"group {group} is in {both} of the source; move its images into one, or change --group-regex"
             )
     return given
+
+
+def gather(made: Generator[Any], num: int, unit: str, problems: list[Problem], progress: bool) -> list[Any]:
+    """Results in order of the case ids of their tasks; what is a problem goes to ``problems``.
+
+    Args:
+        made: results and problems as they come; it is closed after an error or Ctrl-C.
+        num: how many there will be.
+        unit: what each of them is of, for the progress bar.
+        problems: they are added here.
+        progress: show a bar.
+    """
+    results = []
+    with tqdm(total=num, desc=f"preparing {unit}s", unit=unit, disable=not progress) as bar, closing(made) as items:
+        for item in items:
+            bar.update()
+            (problems if isinstance(item, Problem) else results).append(item)
+    return sorted(results, key=lambda result: result.task.case_id)
+
+
+def source_entry(
+    found: PairSource | ClassSource,
+    group_of: Mapping[str, str],
+    digest_of: Mapping[str, str],
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``dataset.json`` says about the source.
+
+    Args:
+        found: the source.
+        group_of: group by name of the image.
+        digest_of: digest of the pixels by name of each image that was written.
+        counts: numbers of cases.
+    """
+    return {
+        "form": found.form,
+        "given_splits": list(found.given_splits),
+        "num_images": len(digest_of),
+        "num_groups": len({group_of[name] for name in digest_of}),
+        **counts,
+        "num_repeated_images": count_copies((name, group_of[name], digest) for name, digest in digest_of.items()),
+        "ignored": dict(sorted(found.ignored.items())),
+        "bad": dict(sorted(Counter(problem.code for problem in found.problems).items())),
+    }
+
+
+def write_dataset(
+    folder: Path,
+    head: Mapping[str, Any],
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    cases: Iterable[tuple[str, dict[str, Any]]],
+) -> dict[str, Any]:
+    """Write ``dataset.json``, the last file of a dataset.
+
+    Args:
+        folder: of the dataset.
+        head: what its images are.
+        source: of :func:`source_entry`.
+        settings: that it was made with.
+        cases: split and entry of each.
+
+    Returns:
+        Its content.
+    """
+    cases = list(cases)
+    content = {
+        **head,
+        "source": source,
+        "created_with": {"monai_synth": __version__, "settings": settings},
+        **{split: [case for where, case in cases if where == split] for split in SPLITS},
+    }
+    write_json(folder / "dataset.json", content)
+    return content
 
 
 def count_copies(images: Iterable[tuple[str, str, str]]) -> int:

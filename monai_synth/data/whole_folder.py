@@ -100,13 +100,29 @@ def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def whole_dataset(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """:func:`whole_folder`, where a disk that is full or cannot be written is told as the user's to mend.
+
+    Yields:
+        Folder to write into.
+
+    Raises:
+        UserError: see :func:`whole_folder`; the block could not write.
+    """
+    with whole_folder(out, overwrite=overwrite) as folder:
+        try:
+            yield folder
+        except OSError as error:
+            raise UserError(_cannot_write(out, error)) from error
+
+
 def _put_back(replaced: Path, out: Path) -> None:
     if replaced.is_dir() and not out.exists():
         os.rename(replaced, out)
 
 
-def cannot_write(out: Path, error: OSError) -> str:
-    """Message for an output folder that could not be written."""
+def _cannot_write(out: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"output {out}: the disk is full and nothing was left on it; free space or name another disk"
     return f"output {out} cannot be written ({error.strerror or error}); nothing was left there"

@@ -65,14 +65,19 @@ def map_unordered(function: Callable[[Any], Any], items: Sequence[Any], num_work
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def worker_count(num_workers: int | None) -> int:
-    """Number of processes; one per CPU core where None is given.
+def worker_count(num_workers: int | None, useful: int | None = None) -> int:
+    """Number of processes.
+
+    Args:
+        num_workers: as given; None takes one per CPU core, but no more than are useful.
+        useful: how many there is work for. Default: any number.
 
     Raises:
-        UserError: it is below 1.
+        UserError: ``num_workers`` is below 1.
     """
     if num_workers is None:
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+        return cores if useful is None else min(cores, useful)
     if num_workers < 1:
         raise UserError(f"num_workers is {num_workers}; allowed is 1 or more, or none for one per core")
     return int(num_workers)
