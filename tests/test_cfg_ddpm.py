@@ -267,7 +267,7 @@ def test_colour_images_of_unequal_size_train_at_the_size_that_is_given(tmp_path:
         "dataset_dir": str(tmp_path / "prepared"), "ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "e"),
     }  # fmt: skip
     made = workflow("cfg_ddpm", "train.json", "train", "training", **TINY, **places, latest_dir=str(tmp_path))
-    assert "give --image_size" in str(user_error(made.initialize))
+    assert "give --image_size" in str(user_error(lambda: (made.initialize(), made.run())))
     values = TINY | {"image_size": [24, 16], "max_epochs": 1}
     run("cfg_ddpm", "train.json", "train", "training", **values, **places, latest_dir=str(tmp_path))
     out = sample(places, tmp_path / "out", per_class=1)
