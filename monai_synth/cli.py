@@ -10,6 +10,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from monai_synth import __version__
 from monai_synth.errors import UserError
@@ -46,84 +47,25 @@ def _one_line(error: Exception) -> str:
 def _prepare_lidc(arguments: argparse.Namespace) -> None:
     from monai_synth.data.lidc import prepare_lidc
 
-    prepare_lidc(
-        arguments.source,
-        arguments.out,
-        max_slice_thickness=arguments.max_slice_thickness,
-        slice_fraction=arguments.slice_fraction,
-        consensus=arguments.consensus,
-        min_nodule_area=arguments.min_nodule_area,
-        splits=tuple(arguments.splits),
-        seed=arguments.seed,
-        num_workers=arguments.workers,
-        skip_bad=arguments.skip_bad,
-        overwrite=arguments.overwrite,
-        link_table=arguments.link_table,
-    )
+    prepare_lidc(**_parameters(arguments))
 
 
 def _prepare_pairs(arguments: argparse.Namespace) -> None:
     from monai_synth.data.pairs import prepare_pairs
 
-    prepare_pairs(
-        arguments.source,
-        arguments.out,
-        image_dir=arguments.image_dir,
-        label_dir=arguments.label_dir,
-        label_suffix=arguments.label_suffix,
-        labels=arguments.labels,
-        label_values=arguments.label_values,
-        threshold=arguments.threshold,
-        size=arguments.size,
-        patch_size=arguments.patch_size,
-        stride=arguments.stride,
-        window=arguments.window,
-        percentiles=arguments.percentiles,
-        grey=arguments.grey,
-        modality=arguments.modality,
-        group_regex=arguments.group_regex,
-        anonymize_ids=arguments.anonymize_ids,
-        splits=tuple(arguments.splits),
-        test_dir=arguments.test_dir,
-        seed=arguments.seed,
-        num_workers=arguments.workers,
-        skip_bad=arguments.skip_bad,
-        overwrite=arguments.overwrite,
-        name=arguments.name,
-    )
+    prepare_pairs(**_parameters(arguments))
 
 
 def _prepare_classes(arguments: argparse.Namespace) -> None:
     from monai_synth.data.classes import prepare_classes
 
-    prepare_classes(
-        arguments.source,
-        arguments.out,
-        classes=arguments.classes,
-        class_names=arguments.class_names,
-        table=arguments.csv,
-        path_column=arguments.path_column,
-        label_column=arguments.label_column,
-        patient_column=arguments.patient_column,
-        split_column=arguments.split_column,
-        chexpert=arguments.chexpert,
-        observation=arguments.observation,
-        uncertain=arguments.uncertain,
-        size=arguments.size,
-        text_transform=arguments.text_transform,
-        window=arguments.window,
-        percentiles=arguments.percentiles,
-        grey=arguments.grey,
-        modality=arguments.modality,
-        group_regex=arguments.group_regex,
-        anonymize_ids=arguments.anonymize_ids,
-        splits=tuple(arguments.splits),
-        seed=arguments.seed,
-        num_workers=arguments.workers,
-        skip_bad=arguments.skip_bad,
-        overwrite=arguments.overwrite,
-        name=arguments.name,
-    )
+    prepare_classes(**_parameters(arguments))
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a ``prepare`` verb passes on: each argument under its name, which is that of the function's parameter."""
+    given = {name: value for name, value in vars(arguments).items() if name != "call"}
+    return {**given, "splits": tuple(arguments.splits)}
 
 
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
@@ -417,7 +359,10 @@ def _add_classes(classes: argparse.ArgumentParser) -> None:
         help="what to call the classes, in the same order (default: as SRC does)",
     )
     classes.add_argument(
-        "--csv", metavar="FILE", help="CSV file with a line for each image of SRC (default: a folder for each class)"
+        "--csv",
+        dest="table",
+        metavar="FILE",
+        help="CSV file with a line for each image of SRC (default: a folder for each class)",
     )
     for option, text in {
         "--path-column": "paths, below SRC (default: path)",
@@ -830,7 +775,9 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; 1 or more (default: one per CPU core)")
+    parser.add_argument(
+        "--workers", dest="num_workers", type=int, metavar="N", help="processes; 1 or more (default: one per CPU core)"
+    )
 
 
 if __name__ == "__main__":

@@ -131,6 +131,24 @@ def test_each_option_reaches_the_function(
 
 
 @pytest.mark.parametrize(
+    ("kind", "function", "given"),
+    [
+        ("nuclei", "monai_synth.data.phantom_nuclei.write_nuclei", {"num_images": 7, "size": 40}),
+        ("xray", "monai_synth.data.phantom_xray.write_xrays", {"num_images": 7, "size": 40}),
+        ("xray", "monai_synth.data.phantom_xray.write_xrays", {}),
+    ],
+)
+def test_a_phantom_of_another_kind_gets_what_is_given_and_its_own_defaults(
+    kind: str, function: str, given: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)))
+    options = [word for name, value in given.items() for word in (f"--{name.removeprefix('num_')}", str(value))]
+    assert cli.main(["prepare", "phantom", "OUT", "--kind", kind, "--seed", "3", *options]) == 0
+    assert calls == [(("OUT",), {"seed": 3, **given})]
+
+
+@pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (UserError("got 3,\n allowed is 2"), 2, "monai-synth: got 3, allowed is 2\n"),
@@ -194,7 +212,12 @@ def leaf_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
 
 def test_every_option_says_its_default_and_every_number_its_range() -> None:
     parsers = list(leaf_parsers(cli._parser()))
-    assert {" ".join(parser.prog.split()[1:]) for parser in parsers} == {*VERBS, "experiment nnunet"}
+    assert {" ".join(parser.prog.split()[1:]) for parser in parsers} == {
+        *VERBS,
+        "evaluate fidelity",
+        "experiment nnunet",
+        "experiment classifier",
+    }
     for parser in parsers:
         parser.format_help()  # a stray % would raise here
         for action in parser._actions:
