@@ -100,7 +100,7 @@ def frechet_result(
     warnings = []
     if smaller < dimension:
         warnings.append(
-            f"{smaller} images for {dimension} features: the covariance is rank-deficient and the value is biased "
+            f"fewer images than the {dimension} features: the covariance is rank-deficient and the value is biased "
             "upwards; compare only values with equal n, and read the kernel distance, which has no such bias"
         )
     return _result(value, len(x), len(y), _variance(np.asarray(left_out)), len(left_out)) | {

@@ -12,7 +12,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Extractor:
         warnings: to be printed with every number that comes from it.
         call: uint8 (B, C, H, W) on its device -> (B, D).
         device: where it runs.
+        details: what else is known of it, such as ``fingerprint`` of the dataset that it was trained on.
     """
 
     key: str
@@ -66,6 +67,7 @@ class Extractor:
     warnings: tuple[str, ...]
     call: Callable[[Tensor], Tensor]
     device: torch.device
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -176,6 +178,7 @@ def trained_classifier(path: str | Path, *, device: str | torch.device = "cpu") 
         warnings=(),
         call=call,
         device=torch.device(device),
+        details={"fingerprint": contract.get("fingerprints", {}).get("real")},
     )
 
 

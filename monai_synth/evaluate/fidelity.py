@@ -35,6 +35,7 @@ TEXT_PAIRS: dict[tuple[str, str], dict[str, float]] = {
     ("synthetic", "control"): {"fid": 335.008, "ssim": 0.0424},
 }
 _MIX = 0.05  # difference of a class's share of two sets that is worth a warning
+_MAX_VALUES = 1 << 22  # of a batch of images in double precision, of which SSIM holds about ten
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def evaluate_fidelity(settings: Settings, *, report: Callable[[str], object] = p
         if extractor.channels == 1 and sets["synthetic"].form[0] == 3:
             raise UserError(f"the {extractor.title} takes grey images, these are RGB; give one trained on RGB images")
         warnings += extractor.warnings
+        if extractor.details.get("fingerprint") not in (None, sets["real_train"].fingerprint):
+            warnings.append(f"the {extractor.title} was trained on another dataset than the one given as --real")
     if not extractors:
         warnings.append("no distance of distributions: give --inception (FID, KID) or --extractor for one")
     warnings += _mixes(sets)
@@ -246,9 +249,10 @@ def _similarities(
     """SSIM and MS-SSIM of pairs, (2, P)."""
     readers = a.readers(), b.readers()
     rows = []
-    for start in range(0, len(chosen[0]), batch_size):
+    step = max(1, min(batch_size, _MAX_VALUES // int(np.prod(a.form))))
+    for start in range(0, len(chosen[0]), step):
         x, y = (
-            torch.from_numpy(np.stack([read[i]() for i in c[start : start + batch_size]])).to(device).double() / 255
+            torch.from_numpy(np.stack([read[i]() for i in c[start : start + step]])).to(device).double() / 255
             for read, c in zip(readers, chosen, strict=True)
         )
         rows.append(torch.stack([similarity.ssim(x, y), similarity.ms_ssim(x, y)]).cpu().numpy())

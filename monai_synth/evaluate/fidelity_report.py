@@ -66,7 +66,8 @@ MEANINGS = {
 _STYLE = """
 body{font-family:sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222;line-height:1.4}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .7em;text-align:right}
-th{background:#f3f3f3}td:first-child,th:first-child,.settings td{text-align:left}small{color:#666}
+th{background:#f3f3f3}td:first-child,th:first-child,.settings td{text-align:left}
+small{color:#666}td small{white-space:nowrap}
 td.text{color:#777;background:#fafafa}.warn{background:#fff4e0;border-left:4px solid #e09000;padding:.5em 1em}
 .warn li{margin:.3em 0}img{image-rendering:pixelated;max-width:100%}.own{font-weight:bold}h2{margin-top:1.6em}
 """
@@ -141,6 +142,7 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Mapping[str, bytes]]
         "that have nothing to do with them.</p>",
         _warnings(content),
         _table(whole, keys),
+        _verdicts(whole),
         "".join(_chart(whole, key) for key in keys if key.startswith(("fid", "frechet"))),
     ]
     if any(e["text"] for e in whole):
@@ -180,10 +182,12 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Mapping[str, bytes]]
 
 
 def _warnings(content: Mapping[str, Any]) -> str:
-    lines = list(content["warnings"])
+    lines, places = list(content["warnings"]), {}
     for entry in content["pairs"]:
         for key, number in entry["metrics"].items():
-            lines += [f"{_label(entry)}, {_meaning(key)[0].rstrip(' ↓')}: {text}" for text in number["warnings"]]
+            for text in number["warnings"]:
+                places.setdefault((_meaning(key)[0].rstrip(" ↓"), text), []).append(_label(entry))
+    lines += [f"{name} of {', '.join(labels)}: {text}" for (name, text), labels in places.items()]
     if not lines:
         return ""
     items = "".join(f"<li>{html.escape(text)}</li>" for text in lines)
@@ -201,7 +205,7 @@ def _table(entries: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     for entry in entries:
         cells = []
         for key in keys:
-            cells.append(f"<td>{_number(entry['metrics'][key])}</td>")
+            cells.append(f"<td>{_number(key, entry['metrics'][key])}</td>")
             if key in quoted:
                 cells.append(f"<td class='text'>{entry['text'][key]:g}</td>")
         own = " class='own'" if {entry["a"], entry["b"]} & {"synthetic"} and "control" not in entry["b"] else ""
@@ -209,8 +213,23 @@ def _table(entries: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     return f"<table><thead><tr><th>sets</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
+def _verdicts(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What the kernel distances say of the synthetic images, in words; they alone are 0 for equal distributions."""
+    lines = []
+    for entry in entries:
+        numbers = [n for key, n in entry["metrics"].items() if key.startswith(("kid", "kernel")) and n["ci"]]
+        if "control" not in (entry["a"], entry["b"]) and numbers:
+            apart = any(number["ci"][0] > 0 for number in numbers)
+            what = (
+                "differ by more than chance" if apart else "cannot be told apart by these features and so many images"
+            )
+            lines.append(f"<li>{html.escape(_label(entry))}: they {what}.</li>")
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
+
+
 def _chart(entries: Sequence[Mapping[str, Any]], key: str) -> str:
-    """Bars with intervals, as SVG."""
+    """Bars with intervals, as SVG; without the control, beside which all others would vanish."""
+    entries = [e for e in entries if e["b"] != "control"]
     numbers = [(e, e["metrics"][key]) for e in entries if e["metrics"][key]["value"] is not None]
     if not numbers:
         return ""
@@ -274,9 +293,11 @@ def _name(key: str) -> str:
     return html.escape(_meaning(key)[0])
 
 
-def _number(number: Mapping[str, Any]) -> str:
-    n = number["n"] if isinstance(number["n"], int) else " / ".join(map(str, number["n"]))
+def _number(key: str, number: Mapping[str, Any]) -> str:
+    n = f"{number['n']} pairs" if isinstance(number["n"], int) else " / ".join(map(str, number["n"]))
     if number["value"] is None:
         return f"-<br><small>n = {n}</small>"
-    interval = " [{:.4g}, {:.4g}]".format(*number["ci"]) if number["ci"] else ""
-    return f"{number['value']:.4g}<br><small>{interval}<br>n = {n}</small>"
+    form = "{:.3f}" if key.endswith("ssim") else "{:.3g}"
+    interval = "<br>[{}, {}]".format(*(form.format(edge) for edge in number["ci"])) if number["ci"] else ""
+    form = form if key.endswith("ssim") else "{:.4g}"
+    return f"{form.format(number['value'])}<small>{interval}<br>n = {n}</small>"

@@ -22,8 +22,8 @@ from monai_synth.errors import UserError
 from monai_synth.export.run_folder import SETTINGS_FILE
 
 NAMES = {
-    "real_train": "real, training",
-    "real_test": "real, test",
+    "real_train": "real training",
+    "real_test": "real test",
     "synthetic": "synthetic",
     "control": "control",
 }
