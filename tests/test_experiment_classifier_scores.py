@@ -89,17 +89,30 @@ def test_a_class_that_is_never_found_has_precision_0_and_a_draw_without_a_class_
     assert got[1, 3:6].tolist() == [1, 1, 1]  # the draw has class 0 only, and finds it
 
 
-def test_an_interval_of_equal_classifiers_differences_is_0_and_sd_is_over_seeds():
+def test_sd_is_over_seeds_and_the_interval_over_draws_of_their_mean():
     values = np.array([[0.5], [0.7]])
-    number = scores.numbers(["accuracy"], values, np.array([[0.4], [0.6], [0.8]]), 10)["accuracy"]
+    drawn = np.array([[[0.3], [0.5], [0.7]], [[0.5], [0.7], [0.9]]])
+    number = scores.numbers(["accuracy"], values, drawn, 10)["accuracy"]
     assert number["value"] == pytest.approx(0.6)
     assert number["sd"] == pytest.approx(np.sqrt(0.02))
-    assert number["n"] == 10
+    assert (number["n"], number["num_seeds"]) == (10, 2)
     assert number["ci"] == pytest.approx([0.41, 0.79])
-    alone = scores.numbers(["accuracy"], values[:1], None, 10)["accuracy"]
+    alone = scores.numbers(["accuracy"], values[:1], drawn[:1], 10)["accuracy"]
     assert alone["sd"] is None
-    assert alone["ci"] is None
-    assert scores.numbers(["auroc"], np.array([[np.nan]]), None, 10)["auroc"]["value"] is None
+    assert alone["ci_seeds"] is None
+    assert scores.numbers(["auroc"], np.array([[np.nan]]), None, 10)["auroc"] == {
+        "value": None, "sd": None, "n": 10, "num_seeds": 1, "ci": None, "ci_seeds": None,
+    }  # fmt: skip
+
+
+def test_the_interval_over_seeds_too_has_the_variance_of_both():
+    rng = np.random.default_rng(0)
+    seeds, patients = np.array([-0.2, 0.0, 0.1, 0.1]), 0.05 * rng.normal(size=20000)
+    number = scores.numbers(["f1"], seeds[:, None], (seeds[:, None] + patients)[..., None], 10)["f1"]
+    width = (number["ci"][1] - number["ci"][0]) / 2
+    both = (number["ci_seeds"][1] - number["ci_seeds"][0]) / 2
+    assert width == pytest.approx(1.96 * 0.05, rel=0.03)
+    assert both == pytest.approx(1.96 * np.sqrt(0.05**2 + seeds.var() / 4), rel=0.05)
 
 
 def macro(normal, pneumonia):

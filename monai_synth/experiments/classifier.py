@@ -19,7 +19,7 @@ from typing import Any
 from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
 from monai_synth.experiments.classifier_rows import Row, all_rows, chosen_rows
-from monai_synth.experiments.nnunet_jobs import locked
+from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
 from monai_synth.experiments.record import record_settings
 
 # The text's values. The demo only shows that every part works.
@@ -129,7 +129,7 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     num_seeds, workers, device = values.pop("seeds"), values.pop("workers"), values["device"]
 
     out = Path(settings.out).expanduser().absolute()
-    with locked(out):
+    with locked(out), terminated_as_interrupt():
         record = {key: value for key, value in values.items() if key not in ("device", "weights")}
         record_settings(out / "experiment.json", record)
         with _packed(source, out, report) as images:

@@ -80,7 +80,8 @@ def _introduction(content: Mapping[str, Any]) -> str:
 
 def _table(content: Mapping[str, Any]) -> str:
     shown = beside_text(content)
-    metrics = list(content["results"][0]["numbers"])
+    # The recall of the positive class is its accuracy, which has a column.
+    metrics = [name for name in content["results"][0]["numbers"] if not name.startswith("recall (")]
     heads = [_head(metric) for metric in metrics]
     columns = ["#", "Geo aug", "Synthetic PT", "Real %", "Weighted"]
     further = any(entry["number"] is None for entry in content["results"])
@@ -146,9 +147,8 @@ def _claims(content: Mapping[str, Any]) -> str:
     ]
     for claim in content["claims"]:
         name = "macro recall" if claim["metric"] == "recall" else claim["metric"]
-        apart = claim["difference"]["ci"] and (claim["difference"]["ci"][0] > 0 or claim["difference"]["ci"][1] < 0)
         verdict = "yes" if claim["holds"] else "no"
-        certain = "" if apart else ", which these test images cannot tell from 0"
+        certain = "" if _apart(claim["difference"]) else ", which these seeds and test images cannot tell from 0"
         parts.append(
             f"<li><b>{claim['fraction']} % real, highest {html.escape(name)}: {verdict}.</b> Row "
             f"{claim['best_pretrain']} is the best of those with pretraining, row {claim['best_other']} of those "
@@ -156,9 +156,10 @@ def _claims(content: Mapping[str, Any]) -> str:
         )
         mean = claim["mean_difference"]
         if mean is not None:
+            certain = "" if _apart(mean) else " These seeds and test images cannot tell it from 0."
             parts.append(
-                f" Over the {len(claim['pairs'])} pair(s) of rows that differ by pretraining only it brings "
-                f"{_inline(mean)}, which is not chosen on the test images."
+                f" Over all {len(claim['pairs'])} pairs of rows that differ by pretraining only, which nobody chose on "
+                f"the test images, it brings {_inline(mean)}.{certain}"
             )
         parts.append("</li>")
     return "".join([*parts, "</ul>"])
@@ -167,22 +168,26 @@ def _claims(content: Mapping[str, Any]) -> str:
 def _differences(content: Mapping[str, Any]) -> str:
     shown = [(e, what, d) for e in content["results"] for what, d in e["differences"].items() if what != "plain"]
     plain = [(e, what, d) for e in content["results"] for what, d in e["differences"].items() if what == "plain"]
-    parts = ["<p>Differences of rows on the same seeds and test images; bold where the interval leaves out 0.</p>"]
+    parts = [
+        "<p>Differences of rows on the same seeds and test images, ± standard deviation over seeds, below the "
+        "interval over test patients; bold where it and the interval over patients and seeds leave out 0.</p>"
+    ]
     for heading, found in (
         ("Each row less its twin", shown),
         ("Each row less the plain one of the same real fraction (rows 1 and 9)", plain),
     ):
         if not found:
             continue
-        top = "<th>row</th><th>less row</th><th>that has</th><th>seeds</th>"
+        named = heading == "Each row less its twin"
+        top = "<th>row</th><th>less row</th>" + "<th>that has</th>" * named + "<th>seeds</th>"
         top += "".join(f"<th>{_SHORT[metric]}</th>" for metric in _COMPARED)
         body = []
         for entry, what, difference in found:
             numbers = difference["numbers"]
             cells = "".join(f"<td>{_number(numbers[m], bold=_apart(numbers[m]), sign=True)}</td>" for m in _COMPARED)
             body.append(
-                f"<tr><td>{html.escape(entry['row'])}</td><td>{html.escape(difference['row'])}</td><td>{what}</td>"
-                f"<td>{difference['num_seeds']}</td>{cells}</tr>"
+                f"<tr><td>{html.escape(entry['row'])}</td><td>{html.escape(difference['row'])}</td>"
+                f"{f'<td>{what}</td>' * named}<td>{difference['num_seeds']}</td>{cells}</tr>"
             )
         parts.append(f"<h3>{heading}</h3><table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>")
     return "".join(parts)
@@ -222,7 +227,9 @@ def _reported(row: text.Reported, metric: str, content: Mapping[str, Any]) -> st
 
 
 def _apart(number: Mapping[str, Any]) -> bool:
-    return bool(number["ci"]) and (number["ci"][0] > 0 or number["ci"][1] < 0)
+    """Whether a difference is one: its intervals, over patients and over patients and seeds, leave out 0."""
+    ends = [number[key] for key in ("ci", "ci_seeds") if number[key]]
+    return bool(ends) and (all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends))
 
 
 def _number(number: Mapping[str, Any], *, bold: bool = False, sign: bool = False) -> str:

@@ -149,9 +149,11 @@ class _Scored:
         return scores.numbers(self.names, values, drawn, self.num)
 
     def _mean(self, rows: Sequence[Row], seeds: Sequence[int]) -> tuple[np.ndarray, Any]:
+        """Mean over rows, (seeds, metrics) and (seeds, draws, metrics)."""
         values = np.mean([[self.values[row][seed] for seed in seeds] for row in rows], axis=0)
-        drawn = [self.drawn[row][seed] for row in rows for seed in seeds]
-        return values, None if drawn[0] is None else np.mean(drawn, axis=0)
+        if self.drawn[rows[0]][seeds[0]] is None:
+            return values, None
+        return values, np.mean([[self.drawn[row][seed] for seed in seeds] for row in rows], axis=0)
 
 
 def _results(

@@ -17,7 +17,8 @@ RECIPE = (
     "F1 are macro averages, as the numbers of the text are; a class that was never found has precision 0. AUROC of "
     "more than two classes: mean over classes, each against the rest. Interval: 95 % percentile bootstrap over the "
     "patients of the test set, all seeds together, the same draws for every row; it does not tell what other seeds "
-    "would give. A difference is taken between classifiers of the same seeds on the same images. The epoch is the one "
+    "would give. A difference counts as one where that interval and the one over patients and seeds (ci_seeds) leave "
+    "out 0. Differences are taken between classifiers of the same seeds on the same images. The epoch is the one "
     "of highest validation accuracy (of equals the one of lowest validation loss), applied in evaluation mode."
 )
 
@@ -95,20 +96,36 @@ def score(
 def numbers(
     names: Sequence[str], values: np.ndarray, drawn: np.ndarray | None, num_images: int
 ) -> dict[str, dict[str, Any]]:
-    """``{metric: {"value", "sd", "n", "ci"}}`` from scores per seed and per draw, or from their differences."""
+    """What is told of each metric, from its scores or from their differences.
+
+    Args:
+        names: of the metrics.
+        values: (seeds, metrics).
+        drawn: the same for each draw of test patients, (seeds, draws, metrics); None without interval.
+        num_images: of the test set.
+
+    Returns:
+        ``{metric: {"value", "sd", "n", "num_seeds", "ci", "ci_seeds"}}``: mean and standard deviation over seeds, the
+        interval over test patients, and the one over both, whose draws take other seeds too; None where there is none.
+    """
+    num_seeds = len(values)
+    means = {"ci": None if drawn is None else drawn.mean(0), "ci_seeds": None}
+    if drawn is not None and num_seeds > 1:
+        chosen = np.random.default_rng(0).integers(num_seeds, size=(drawn.shape[1], num_seeds))
+        means["ci_seeds"] = drawn[chosen, np.arange(drawn.shape[1])[:, None]].mean(1)
     result = {}
     for k, name in enumerate(names):
         column = values[:, k]
-        interval = None
-        if drawn is not None and np.isfinite(drawn[:, k]).any():
-            interval = [float(edge) for edge in np.nanpercentile(drawn[:, k], (2.5, 97.5))]
         defined = bool(np.isfinite(column).all())
         result[name] = {
             "value": float(column.mean()) if defined else None,
-            "sd": float(column.std(ddof=1)) if defined and len(column) > 1 else None,
+            "sd": float(column.std(ddof=1)) if defined and num_seeds > 1 else None,
             "n": num_images,
-            "ci": interval,
+            "num_seeds": num_seeds,
         }
+        for key, mean in means.items():
+            known = mean is not None and np.isfinite(mean[:, k]).any()
+            result[name][key] = [float(edge) for edge in np.nanpercentile(mean[:, k], (2.5, 97.5))] if known else None
     return result
 
 

@@ -184,8 +184,8 @@ def _start(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> s
 
 
 @contextlib.contextmanager
-def _ended(running: Mapping[int, tuple[Task, subprocess.Popen[bytes], float]]) -> Iterator[None]:
-    """End all processes on the way out; a request to terminate counts as an interrupt."""
+def terminated_as_interrupt() -> Iterator[None]:
+    """A request to terminate the process counts as Ctrl-C, so that it cleans up too."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -195,10 +195,19 @@ def _ended(running: Mapping[int, tuple[Task, subprocess.Popen[bytes], float]]) -
     try:
         yield
     finally:
-        for _, process, _ in running.values():
-            _end(process)
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ended(running: Mapping[int, tuple[Task, subprocess.Popen[bytes], float]]) -> Iterator[None]:
+    """End all processes on the way out."""
+    with terminated_as_interrupt():
+        try:
+            yield
+        finally:
+            for _, process, _ in running.values():
+                _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
