@@ -7,17 +7,16 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from source_images import cases_of, dicom, files_of, picture, refusal_of, save
 
 from monai_synth import cli
 from monai_synth.data.classes import centre_crop, cover, prepare_classes, scale_short_side
@@ -29,16 +28,6 @@ from monai_synth.data.pair_files import read_image
 from monai_synth.errors import UserError
 
 PARTS = {"training": "train", "validation": "val", "test": "test"}
-
-
-def picture(number: int, shape: tuple[int, ...] = (12, 16)) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return path
 
 
 def make_folders(root: Path, sizes: dict[str, int], shape: tuple[int, ...] = (12, 16)) -> Path:
@@ -76,21 +65,7 @@ def prepare(source: Path, out: Path, **options: Any) -> dict[str, Any]:
     return prepare_classes(source, out, **{"num_workers": 1, "progress": False, **options})
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def cases_of(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {case["case_id"]: case for split in SPLITS for case in content[split]}
-
-
-def refusal(source: Path, tmp_path: Path, **options: Any) -> str:
-    """What is said to a source that is refused, with nothing left behind."""
-    before = {p.name for p in tmp_path.iterdir()}
-    with pytest.raises(UserError) as caught:
-        prepare(source, tmp_path / "out", **options)
-    assert {p.name for p in tmp_path.iterdir()} == before
-    return str(caught.value)
+refusal = partial(refusal_of, prepare)
 
 
 # ---- MedMNIST
@@ -410,28 +385,12 @@ def test_chexpert_also_starts_from_the_folder_above_and_refuses_what_it_has_not(
 # ---- DICOM
 
 
-def xray(path: Path, pixels: np.ndarray, patient: str, photometric: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.PatientName, dataset.PatientID, dataset.Modality = "Miller^Ann", patient, "CR"
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 0
-    dataset.PixelData = pixels.astype(np.uint16).tobytes()
-    pydicom.dcmwrite(path, dataset, enforce_file_format=True)
-    return path
-
-
 def test_dicom_is_windowed_turned_bright_and_loses_its_names(tmp_path: Path) -> None:
     ramp = np.arange(48).reshape(6, 8) * 10
     for i in range(8):
         kind = ["MONOCHROME2", "MONOCHROME1"][i % 2]
-        xray(tmp_path / "src" / "ab"[i // 4] / f"Miller_{i}.dcm", ramp + i, f"ID{i // 2}", kind)
+        header = {"PatientID": f"ID{i // 2}", "Modality": "CR", "PhotometricInterpretation": kind}
+        dicom(tmp_path / "src" / "ab"[i // 4] / f"Miller_{i}.dcm", (ramp + i).astype(np.uint16), **header)
     content = prepare(tmp_path / "src", tmp_path / "out", window=[0, 480], splits=(0.5, 0, 0.5))
     assert (content["modality"], content["intensity"]["unit"]) == ("CR", "window")
     for split in ("training", "test"):

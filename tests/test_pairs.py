@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from source_images import cases_of, files_of, picture, refusal_of, save
 
 from monai_synth import cli
 from monai_synth.data.datalist import SPLITS, read_dataset
@@ -22,18 +24,7 @@ from monai_synth.data.pairs_output import tiles
 from monai_synth.data.pairs_source import Pair, PairSource
 from monai_synth.errors import UserError
 
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith((".nii", ".nii.gz")):
-        nib.save(nib.Nifti1Image(array, np.diag([0.5, 0.75, 2.0, 1.0])), path)
-    else:
-        Image.fromarray(array).save(path)
-    return path
-
-
-def picture(number: int, shape: tuple[int, ...] = (12, 16, 3)) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+rgb = partial(picture, shape=(12, 16, 3))
 
 
 def blob(number: int, shape: tuple[int, ...] = (12, 16), value: int = 255) -> np.ndarray:
@@ -43,7 +34,7 @@ def blob(number: int, shape: tuple[int, ...] = (12, 16), value: int = 255) -> np
 def make_source(root: Path, num: int = 6, *, image_dir: str = "images", label_dir: str = "masks") -> Path:
     """``num`` RGB pictures a0, a1, ... with masks of 0 and 255, all different."""
     for i in range(num):
-        save(root / image_dir / f"a{i}.png", picture(i))
+        save(root / image_dir / f"a{i}.png", rgb(i))
         save(root / label_dir / f"a{i}.png", blob(i))
     return root
 
@@ -52,21 +43,7 @@ def prepare(source: Path, out: Path, **options: Any) -> dict[str, Any]:
     return prepare_pairs(source, out, **{"labels": ["nucleus"], "num_workers": 1, "progress": False, **options})
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def cases_of(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {case["case_id"]: case for split in SPLITS for case in content[split]}
-
-
-def refusal(source: Path, tmp_path: Path, **options: Any) -> str:
-    """What is said to a source that is refused, with nothing left behind."""
-    before = {p.name for p in tmp_path.iterdir()}
-    with pytest.raises(UserError) as caught:
-        prepare(source, tmp_path / "out", **options)
-    assert {p.name for p in tmp_path.iterdir()} == before
-    return str(caught.value)
+refusal = partial(refusal_of, prepare)
 
 
 # ---- what is written
@@ -77,7 +54,7 @@ def test_images_are_kept_and_masks_become_0_and_1(tmp_path: Path) -> None:
     content = prepare(source, tmp_path / "out")
     for i in range(6):
         case = cases_of(content)[f"a{i}"]
-        np.testing.assert_array_equal(read_image(tmp_path / "out" / case["image"]), np.moveaxis(picture(i), -1, 0))
+        np.testing.assert_array_equal(read_image(tmp_path / "out" / case["image"]), np.moveaxis(rgb(i), -1, 0))
         np.testing.assert_array_equal(read_label(tmp_path / "out" / case["label"]), blob(i) // 255)
 
 
@@ -168,14 +145,14 @@ def test_folders_may_be_nested_and_hidden_files_do_not_matter(tmp_path: Path) ->
 
 def test_masks_may_have_a_suffix_and_may_lie_among_the_images(tmp_path: Path) -> None:
     for i in range(3):
-        save(tmp_path / "src" / "all" / f"x{i}.jpg", picture(i))
+        save(tmp_path / "src" / "all" / f"x{i}.jpg", rgb(i))
         save(tmp_path / "src" / "all" / f"x{i}_mask.png", blob(i))
     content = prepare(tmp_path / "src", tmp_path / "out", image_dir="all", label_dir="all", label_suffix="_mask")
     assert sorted(cases_of(content)) == ["x0", "x1", "x2"]
 
 
 def test_a_forgotten_suffix_is_suggested(tmp_path: Path) -> None:
-    save(tmp_path / "src" / "images" / "x.png", picture(0))
+    save(tmp_path / "src" / "images" / "x.png", rgb(0))
     save(tmp_path / "src" / "masks" / "x_segmentation.png", blob(0))
     assert "--label-suffix _segmentation" in refusal(tmp_path / "src", tmp_path)
 
@@ -214,7 +191,7 @@ def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
 
 def test_a_test_folder_may_lie_elsewhere(tmp_path: Path) -> None:
     make_source(tmp_path / "src", 5)
-    save(tmp_path / "other" / "images" / "z.png", picture(50))
+    save(tmp_path / "other" / "images" / "z.png", rgb(50))
     save(tmp_path / "other" / "masks" / "z.png", blob(50))
     content = prepare(tmp_path / "src", tmp_path / "out", test_dir=tmp_path / "other")
     assert [case["case_id"] for case in content["test"]] == ["z"]
@@ -364,7 +341,7 @@ def test_grey_makes_rgb_and_grey_alike(tmp_path: Path) -> None:
     content = prepare(source, tmp_path / "out", grey=True)
     assert (content["image_channels"], content["channel_names"], content["modality"]) == (1, ["L"], "L")
     image = read_image(tmp_path / "out" / cases_of(content)["a0"]["image"])
-    np.testing.assert_allclose(image[0], picture(0) @ [0.299, 0.587, 0.114], atol=1)
+    np.testing.assert_allclose(image[0], rgb(0) @ [0.299, 0.587, 0.114], atol=1)
 
 
 def test_one_deep_channel_makes_the_image_deep(tmp_path: Path) -> None:
@@ -409,7 +386,7 @@ def test_tiles_are_named_by_their_place_and_stay_in_one_split(tmp_path: Path) ->
     place = cases_of(content)["a2-y0004-x0008"]
     np.testing.assert_array_equal(read_label(tmp_path / "out" / place["label"]), blob(2)[4:12, 8:16] // 255)
     image = read_image(tmp_path / "out" / place["image"])
-    np.testing.assert_array_equal(image, np.moveaxis(picture(2)[4:12, 8:16], -1, 0))
+    np.testing.assert_array_equal(image, np.moveaxis(rgb(2)[4:12, 8:16], -1, 0))
     splits_of = {case["patient_id"]: {s for s in SPLITS if case in content[s]} for case in cases_of(content).values()}
     for split in SPLITS:
         for case in content[split]:
@@ -442,7 +419,7 @@ def test_a_group_is_in_one_split_and_each_split_has_one(
 def test_groups_come_from_the_names_by_a_regular_expression(tmp_path: Path) -> None:
     source = tmp_path / "src"
     for i in range(8):
-        save(source / "images" / f"TCGA-{i // 2}-{i}.png", picture(i))
+        save(source / "images" / f"TCGA-{i // 2}-{i}.png", rgb(i))
         save(source / "masks" / f"TCGA-{i // 2}-{i}.png", blob(i))
     content = prepare(source, tmp_path / "out", group_regex=r"TCGA-(\d)")
     splits = {i: {s for s in SPLITS for case in content[s] if case["patient_id"] == str(i)} for i in range(4)}
@@ -460,7 +437,7 @@ def test_a_patient_in_two_given_splits_is_refused(tmp_path: Path) -> None:
 def test_serial_numbers_hide_names_and_keep_groups(tmp_path: Path) -> None:
     source = tmp_path / "src"
     for i in range(6):
-        save(source / "images" / f"Miller{i // 2}_{i}.png", picture(i))
+        save(source / "images" / f"Miller{i // 2}_{i}.png", rgb(i))
         save(source / "masks" / f"Miller{i // 2}_{i}.png", blob(i))
     content = prepare(source, tmp_path / "out", anonymize_ids=True, group_regex="^[^_]+", name="x")
     names = {case["case_id"]: case["patient_id"] for case in cases_of(content).values()}
@@ -470,7 +447,7 @@ def test_serial_numbers_hide_names_and_keep_groups(tmp_path: Path) -> None:
 
 def test_copies_of_another_patients_image_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = make_source(tmp_path / "src", 4)
-    save(source / "images" / "a3.png", picture(0))
+    save(source / "images" / "a3.png", rgb(0))
     assert prepare(source, tmp_path / "out")["source"]["num_repeated_images"] == 1
     assert "a3 is a0" in caplog.text
 
@@ -485,8 +462,8 @@ def test_everything_bad_is_collected_and_the_rest_can_be_prepared(tmp_path: Path
     (images / "a1.png").unlink()
     save(masks / "a2.png", blob(2, (12, 15)))
     (images / "a3.png").write_bytes((images / "a3.png").read_bytes()[:200])
-    save(masks / "a4.png", picture(4))
-    save(images / "a5.jpg", picture(5))
+    save(masks / "a4.png", rgb(4))
+    save(images / "a5.jpg", rgb(5))
     (images / "notes.txt").write_text("hello")
     said = refusal(source, tmp_path)
     for text in (
@@ -543,7 +520,7 @@ def test_places_that_cannot_be_used_are_told(tmp_path: Path) -> None:
 def test_names_that_become_the_same_file_are_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path / "src", 3)
     for name in ("b 1", "b?1", "A1"):
-        save(source / "images" / f"{name}.png", picture(7))
+        save(source / "images" / f"{name}.png", rgb(7))
         save(source / "masks" / f"{name}.png", blob(7))
     said = refusal(source, tmp_path)
     assert "b?1.png: its name becomes that of" in said

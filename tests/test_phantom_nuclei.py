@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import label
+from source_images import files_of
 
 from monai_synth import cli
 from monai_synth.data.phantom_nuclei import nuclei_picture, write_nuclei
 from monai_synth.errors import UserError
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_gives_others(tmp_path: Path) -> None:

@@ -15,15 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from source_images import files_of
 
 from monai_synth import bundle, cli
 from monai_synth.data.datalist import read_dataset
 from monai_synth.data.phantom_xray import PATIENT_REGEX, Xray, write_xrays, xray_picture, xrays
 from monai_synth.errors import UserError
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @cache

@@ -10,12 +10,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 import tifffile
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from source_images import dicom
 
 from monai_synth.data.intensity import to_uint8
 from monai_synth.data.pairs import prepare_pairs
@@ -195,28 +193,6 @@ def test_nan_is_refused_in_images_and_masks(tmp_path: Path) -> None:
 
 
 # ---- DICOM
-
-
-def dicom(path: Path, pixels: np.ndarray, **elements: Any) -> Path:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.PatientName, dataset.PatientID, dataset.Modality = "Miller^Ann", "ID77", "DX"
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
-    dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
-    dataset.PlanarConfiguration = 0
-    bits = 8 * pixels.dtype.itemsize
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    pydicom.dcmwrite(path, dataset, enforce_file_format=True)
-    return path
 
 
 def test_dicom_is_rescaled_and_has_its_spacing(tmp_path: Path) -> None:
