@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -192,7 +193,9 @@ def _is_torchscript(path: Path) -> bool:
 def _torchscript(path: Path, device: str | torch.device) -> Callable[[Tensor], Tensor]:
     """StyleGAN's file; it resizes inside as the TensorFlow graph does."""
     try:
-        network = torch.jit.load(str(path), map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 calls this form of file old; it still reads it
+            network = torch.jit.load(str(path), map_location=device).eval()
         network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), return_features=True)
     except Exception as error:  # torch raises several kinds for damaged and for other programs
         reason = " ".join(str(error).split())[:200]
