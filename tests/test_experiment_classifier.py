@@ -4,12 +4,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +14,6 @@ from classifier_toy import settings, write_both, write_dataset
 from monai.networks.nets import resnet
 
 from monai_synth.checkpoint import load_file, restore_network
-from monai_synth.cli import main
 from monai_synth.data.pair_files import read_image
 from monai_synth.errors import UserError
 from monai_synth.experiments import classifier_train
@@ -334,42 +328,3 @@ def test_other_settings_in_the_same_folder_are_refused(data):
 def test_a_training_that_diverges_is_told(data):
     with pytest.raises(UserError, match="row 1, seed 0: the loss is not finite after epoch .* smaller --lr"):
         run_experiment(settings(data, rows=["1"], lr=1e30, epochs=4), report=lambda line: None)
-
-
-@pytest.mark.slow
-def test_the_command_learns_what_is_plain_with_two_processes(tmp_path, capsys):
-    write_dataset(tmp_path / "real", {"training": (60, 90), "validation": (10, 10), "test": (20, 30)})
-    write_dataset(tmp_path / "synthetic", {"training": (80, 80)}, seed=1)
-    arguments = [f"--{key}={tmp_path / key}" for key in ("real", "synthetic", "out")]
-    options = ["--preset", "demo", "--workers", "2", "--bootstrap", "100", "--device", "cpu"]
-    assert main(["experiment", "classifier", *arguments, *options]) == 0
-    assert "3 rows x 1 seeds = 3 trainings of resnet18 from scratch" in capsys.readouterr().out
-    content = json.loads((tmp_path / "out/results.json").read_text())
-    assert [entry["row"] for entry in content["results"]] == ["1", "3", "17"]
-    assert min(entry["numbers"]["accuracy"]["value"] for entry in content["results"]) > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path, workers):
-    write_both(tmp_path)
-    program = f"import sys; sys.path[:0] = {sys.path!r}; from monai_synth.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["experiment", "classifier", *(f"--{k}={tmp_path / k}" for k in ("real", "synthetic", "out"))]
-    arguments += f"--seeds 3 --epochs 60 --batch-size 8 --workers {workers} --device cpu --bootstrap 20".split()
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("[2/"):
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
-    time.sleep(0.2)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    assert not (tmp_path / "out/images.part").exists()
-    done = {path.name for path in (tmp_path / "out/runs").glob("*.json")}
-    assert len(done) >= 2
-    content = json.loads((tmp_path / "out/results.json").read_text())
-    assert sum(entry["num_seeds"] for entry in content["results"]) >= 2
-    assert "Unfinished" in (tmp_path / "out/report.html").read_text()
