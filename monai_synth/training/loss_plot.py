@@ -67,6 +67,7 @@ class LossPlot:
     def _draw(self, names: list[str]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -75,6 +76,9 @@ class LossPlot:
             points = [(line["epoch"], line[name]) for line in self.lines if name in line]
             axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
         axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
