@@ -62,6 +62,21 @@ def test_the_papers_preset_has_the_texts_values():
     assert [paper[key] for key in keys] == [20, 32, 0.001, 0.9, 7, 0.1, "resnet18"]
 
 
+def test_the_rate_falls_to_a_tenth_after_every_seven_epochs(data, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    run_experiment(settings(data, rows=["1"], epochs=15, lr=None, batch_size=None), report=lambda line: None)
+    assert rates == pytest.approx([0.001] * 7 + [0.0001] * 7 + [0.00001])
+
+
+def test_a_presets_rows_leave_out_none_that_was_asked_for(data):
+    lines = []
+    options = {"preset": "demo", "mix": [50], "fractions": [100], "epochs": 1}
+    content = run_experiment(settings(data, **options), report=lines.append)
+    assert [entry["row"] for entry in content["results"]] == ["1", "3", "mix50-real100", "mix50-real100-geo", "17"]
+
+
 def test_a_row_with_pretraining_starts_with_the_weights_of_its_synthetic_row(finished):
     folder = finished[0]
     for row, start in (("3", "17"), ("7", "18"), ("control-real100", "long-real100")):
@@ -78,6 +93,8 @@ def test_rows_of_one_seed_on_the_same_images_start_alike_and_other_seeds_do_not(
     starts = [marker(finished[0], f"{row}_seed{seed}")["start_sha256"] for seed in (0, 1) for row in ("1", "2", "5")]
     assert len(set(starts[:3])) == len(set(starts[3:])) == 1
     assert starts[0] != starts[3]
+    ends = [marker(finished[0], f"{row}_seed{seed}")["final_sha256"] for seed in (0, 1) for row in ("1", "2", "5")]
+    assert len(set(ends)) == 6  # weights of the loss and augmentation reach the training
 
 
 def test_only_starts_and_plain_real_classifiers_are_kept_and_give_what_was_recorded(finished):

@@ -108,10 +108,11 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
         UserError: something the user can mend.
     """
     values = _checked(settings)
-    rows = chosen_rows(
-        all_rows(settings.fractions, mix=settings.mix, oversample=settings.oversample, control=settings.control),
-        values.pop("rows"),
-    )
+    rows = all_rows(settings.fractions, mix=settings.mix, oversample=settings.oversample, control=settings.control)
+    names = values.pop("rows")
+    if settings.rows is None and names is not None:  # a preset's rows leave out none that was asked for
+        names = [*names, *(row.name for row in rows if row.mode not in ("real", "pretrain", "synthetic"))]
+    rows = chosen_rows(rows, names)
     from monai_synth.experiments import classifier_sets as sets
     from monai_synth.experiments.classifier_report import write_results
     from monai_synth.experiments.classifier_train import Job
@@ -231,9 +232,6 @@ def _checked(settings: Settings) -> dict[str, Any]:
             raise UserError(f"{name} is {getattr(settings, name)!r}; allowed are {', '.join(allowed)}")
     values = dict(PRESETS[settings.preset])
     values |= {key: value for key, value in asdict(settings).items() if key in values and value is not None}
-    if values["rows"] is None or settings.rows is None:
-        further = settings.mix or settings.oversample or settings.control
-        values["rows"] = None if further else values["rows"]
     for key, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1)):
         if values[key] < least:
             raise UserError(f"{key} is {values[key]}; {least} or more is needed (--{key.replace('_', '-')})")

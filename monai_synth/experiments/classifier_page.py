@@ -15,9 +15,10 @@ _SHORT = {"accuracy": "Acc.", "precision": "P", "recall": "R", "f1": "F1", "auro
 _COMPARED = ("accuracy", "recall", "f1", "auroc")
 _PRETRAINED = {"synthetic": "✓", "pretrain": "✓", "real": "x"}
 _STYLE = (
-    "body{max-width:100em}small{display:block;white-space:nowrap}td,th{white-space:nowrap}"
+    "body{max-width:110em}small{display:block;white-space:nowrap}td,th{white-space:nowrap}"
     "td.text,th.text{color:#666;background:#f6f6f6}tr.best td{background:#eaf4e4}tr.rule td{border-top:3px solid #888}"
-    ".wide{overflow-x:auto}h3{margin-bottom:0}figure{margin:0 0 1em}"
+    ".wide{overflow-x:auto}.wide table{font-size:12.5px}.wide td,.wide th{padding:.2em .4em}"
+    "h3{margin-bottom:0}figure{margin:0 0 1em}"
 )
 
 
@@ -131,9 +132,9 @@ def _notes(content: Mapping[str, Any]) -> str:
     ]
     if beside_text(content):
         notes.append(
-            "Grey: Table 2 of the text (one training each, from ImageNet weights, with BatchNorm left in training mode "
-            "at test, on the full-size data's own split). Corrected: rows 17 and 18 print the accuracies of the two "
-            "classes interchanged, and row 1's recall is .756, not .753; only so do the rows' numbers agree."
+            "Grey: Table 2 of the text (one training each, from ImageNet weights, with its own split into training and "
+            "validation, BatchNorm left in training mode at test). Corrected (*): rows 17 and 18 print the accuracies "
+            "of the two classes interchanged, and row 1's recall is .756, not .753; only so do the rows' numbers agree."
         )
     return "".join(f"<p>{note}</p>" for note in notes)
 

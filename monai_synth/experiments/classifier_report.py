@@ -23,6 +23,7 @@ from monai_synth.experiments.nnunet_scores import draws
 from monai_synth.export.provenance import package_versions
 
 SEED = 0  # of the bootstrap
+_DRAWN_TOGETHER = 4_000_000  # images in all draws, which bounds the memory
 
 
 def write_results(
@@ -132,8 +133,11 @@ class _Scored:
             for seed, run in by_seed.items():
                 probabilities = np.array(run["test"])
                 self.values[row][seed] = scores.score(truth, probabilities, positive)[0]
-                drawn = None if weights is None else scores.score(truth, probabilities, positive, weights)
-                self.drawn[row][seed] = drawn
+                self.drawn[row][seed] = None
+                if weights is not None:
+                    parts = np.array_split(weights, max(1, weights.size // _DRAWN_TOGETHER))
+                    drawn = [scores.score(truth, probabilities, positive, part) for part in parts]
+                    self.drawn[row][seed] = np.concatenate(drawn)
 
     def seeds(self, *rows: Row) -> list[int]:
         """Seeds that all rows have."""
