@@ -120,7 +120,7 @@ def draw_opacities(rng: np.random.Generator, chest: Chest) -> Array:
     num = len(chest.air)
     axis = plane_axis(num)
     form = rng.choice(_FORMS, p=_CHANCES)
-    strength = rng.uniform(0.28, 1.0)
+    strength = rng.uniform(0.22, 0.95)
     fill = np.zeros((num, num))
     ragged = smooth_noise(rng, axis, 0.16) + 0.5 * smooth_noise(rng, axis, 0.06)
     if form == "diffuse":  # both lungs, from the roots outwards; a net of thickened septa
