@@ -468,7 +468,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "semantic",
         help="do CT slices show the tissue that their maps ask for?",
         description="Dice of lung and high-dense tissue between each map and the HU bands of its image, with "
-        "95 %% intervals. A prepared dataset of real images gives the ceiling.",
+        "95 % intervals. A prepared dataset of real images gives the ceiling.",
     )
     semantic.set_defaults(call=_evaluate_semantic)
     semantic.add_argument(
@@ -501,7 +501,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
             help="how close are synthetic images of classes to real ones?",
             description="Compare synthetic images with the real training and test images, those with each other, and "
             "all with a control: FID and KID with Inception weights, distances of a trained classifier's features, "
-            "SSIM and MS-SSIM of random pairs; each with n and a 95 %% interval.",
+            "SSIM and MS-SSIM of random pairs; each with n and a 95 % interval.",
         )
     )
 
