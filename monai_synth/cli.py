@@ -682,11 +682,16 @@ def _add_classifier(classifier: argparse.ArgumentParser) -> None:
         help="further rows that train on real images and so many synthetic ones together, in percent of the real ones; "
         "1 to 10000 (default: none)",
     )
-    add("--oversample", action="store_true", help="further rows: synthetic images fill up the rarer classes")
+    add(
+        "--oversample",
+        action="store_true",
+        help="further rows: synthetic images fill up the rarer classes (default: none)",
+    )
     add(
         "--control",
         action="store_true",
-        help="further rows: real images for as many steps as the synthetic pretraining takes, then as the others",
+        help="further rows: real images for as many steps as the synthetic pretraining takes, then as the others "
+        "(default: none)",
     )
     add("--backbone", metavar="NAME", help="resnet18, 34, 50, densenet121, efficientnet-b0, ... (default: resnet18)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (default: train from scratch)")

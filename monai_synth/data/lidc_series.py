@@ -42,7 +42,7 @@ _NEEDED_TAGS = [
     *("Rows", "Columns", "BitsAllocated", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
     *("RescaleSlope", "RescaleIntercept"),
 ]
-_MEND = "copy it again from its source, or leave its series out (skip_bad)"
+_MEND = "copy it again from its source, or leave its series out (--skip-bad)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +182,14 @@ def _pixel_problem(path: str, header: pydicom.Dataset, left: int) -> Problem | N
     frames, samples = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
     if frames != 1 or samples != 1:
         got = f"{frames} frames and {samples} samples per pixel"
-        mend = "convert it to classic CT images (one frame, grey) or leave its series out (skip_bad)"
+        mend = "convert it to classic CT images (one frame, grey) or leave its series out (--skip-bad)"
         return Problem("not_single_grey_frame", f"{path}: has {got}, one of each is allowed; {mend}")
     missing = [t for t in _NEEDED_TAGS if header.get(t) in (None, "")]
     if missing:
         return Problem("incomplete_header", f"{path}: the CT header has no {', no '.join(missing)}; {_MEND}")
     photometric = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
     if photometric != "MONOCHROME2":
-        mend = "its values may not be HU, so convert it to MONOCHROME2 or leave its series out (skip_bad)"
+        mend = "its values may not be HU, so convert it to MONOCHROME2 or leave its series out (--skip-bad)"
         return Problem("photometric", f"{path}: is {photometric}, MONOCHROME2 is allowed; {mend}")
     if syntax is not None and syntax.is_compressed and not syntax.is_deflated:
         try:
@@ -272,7 +272,7 @@ def order_series(files: Sequence[SliceFile]) -> Series | list[Problem]:
         elif gap > 1.5 * step:
             got = f"{gap:g} mm between it and {here.path}, {step:g} mm is usual in this series"
             num = max(round(gap / step) - 1, 1) if step > 0 else 1
-            mend = f"add the {num} missing slice(s), or leave the series out (skip_bad)"
+            mend = f"add the {num} missing slice(s), or leave the series out (--skip-bad)"
             problems.append(Problem("missing_slice", f"{after.path}: {got}; {mend}"))
     if problems:
         return problems
