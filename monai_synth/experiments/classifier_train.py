@@ -34,6 +34,7 @@ from monai_synth.networks import ImageClassifier
 STAGE = "image_classifier"
 _SAVE_EVERY = 60.0  # seconds
 _EVALUATED_TOGETHER = 256  # images
+_LARGE = 1_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,6 @@ def run_job(job: Job) -> dict[str, Any] | None:
             return _run(job, device)
     finally:
         torch.set_num_threads(threads)
-        gc.collect()  # engine and handlers refer to each other, and through them the weights would stay
 
 
 def initial_network(values: Mapping[str, Any], seed: int, mean: list[float], std: list[float]) -> ImageClassifier:
@@ -218,6 +218,8 @@ def _run(job: Job, device: torch.device) -> dict[str, Any] | None:
     if values["max_steps"] is not None:
         batches.num_steps = min(batches.num_steps, values["max_steps"])
     progress = _train(job, network, batches, validation, device, begin)
+    if sum(parameter.numel() for parameter in network.parameters()) > _LARGE:
+        gc.collect()  # the engine refers to itself and so would keep the optimiser's tensors and the best weights
     if progress is None:
         return None
 
