@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from monai.metrics import FIDMetric
 
 from monai_synth.errors import UserError
-from monai_synth.evaluate.distribution import frechet_distance, frechet_result, kernel_distance, kernel_result
+from monai_synth.evaluate.distribution import (
+    _quick_frechet,
+    frechet_distance,
+    frechet_result,
+    kernel_distance,
+    kernel_result,
+)
 
 
 def features(seed: int, n: int, d: int) -> np.ndarray:
@@ -187,3 +193,14 @@ def test_features_that_cannot_be_compared_are_refused(x: np.ndarray, y: np.ndarr
     for measure in (frechet_distance, kernel_distance, frechet_result, kernel_result):
         with pytest.raises(UserError, match=match):
             measure(x, y)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(("n", "m", "d"), [(60, 50, 12), (20, 60, 30), (15, 10, 30)])
+def test_the_quick_form_behind_the_interval_agrees_also_where_features_never_vary(
+    n: int, m: int, d: int, constant: bool
+) -> None:
+    x, y = features(0, n, d), 1.2 * features(1, m, d) + 0.1
+    if constant:
+        x[:, :3] = y[:, :3] = 0
+    assert _quick_frechet(x, y) == pytest.approx(frechet_distance(x, y), rel=1e-6)

@@ -10,6 +10,7 @@ distinct and changes the bias by a twentieth only, and that change is the same f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,10 +44,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """
     x, y = _checked(x, y)
     a, b = _factor(x), _factor(y)
-    difference = x.mean(0) - y.mean(0)
-    common = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    value = difference @ difference + (a * a).sum() + (b * b).sum() - 2 * common
-    return max(0.0, float(value))
+    return _frechet(x, y, a, b, np.linalg.svd(a @ b.T, compute_uv=False).sum())
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -94,7 +92,7 @@ def frechet_result(
     x, y = _checked(x, y)
     value = frechet_distance(x, y)
     gx, gy = _common_groups(groups_x, groups_y, len(x), len(y), seed)
-    left_out = [] if gx is None else [frechet_distance(x[gx != g], y[gy != g]) for g in range(gx.max() + 1)]
+    left_out = [] if gx is None else [_quick_frechet(x[gx != g], y[gy != g]) for g in range(gx.max() + 1)]
     # Both sides lose a group at a time: the two parts of the variance add up, in half the evaluations.
     smaller, dimension = min(len(x), len(y)), x.shape[1]
     warnings = []
@@ -162,6 +160,26 @@ def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise UserError("features hold NaN or infinity; the extractor's weights are damaged, give other ones")
     return x, y
+
+
+def _frechet(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, common: float) -> float:
+    difference = x.mean(0) - y.mean(0)
+    return max(0.0, float(difference @ difference + (a * a).sum() + (b * b).sum() - 2 * common))
+
+
+def _quick_frechet(x: np.ndarray, y: np.ndarray) -> float:
+    """`frechet_distance` to about seven digits, enough for a spread, in a fraction of the time for many images."""
+    a, b = _quick_factor(x), _quick_factor(y)
+    common = a @ b.T if len(a) <= len(b) else b @ a.T
+    return _frechet(x, y, a, b, np.sqrt(np.linalg.eigvalsh(common @ common.T).clip(0)).sum())
+
+
+def _quick_factor(x: np.ndarray) -> np.ndarray:
+    if len(x) > x.shape[1]:
+        centred = x - x.mean(0)
+        with contextlib.suppress(np.linalg.LinAlgError):  # singular: features that never vary, as after a ReLU
+            return np.linalg.cholesky(centred.T @ centred / (len(x) - 1)).T
+    return _factor(x)
 
 
 def _factor(x: np.ndarray) -> np.ndarray:
