@@ -427,6 +427,21 @@ def test_groups_come_from_the_names_by_a_regular_expression(tmp_path: Path) -> N
     assert "finds no group in 8 name(s): TCGA-0-0" in refusal(source, tmp_path / "out", group_regex="LIDC")
 
 
+def test_groups_that_are_written_with_one_name_come_into_one_split(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    for i in range(12):
+        name = f"{'pat 1' if i % 2 else 'pat_1'}x{i // 2}y{i}.png"
+        save(source / "images" / name, rgb(i))
+        save(source / "masks" / name, blob(i))
+    content = prepare(source, tmp_path / "out", group_regex=r"(.*)y", splits=(0.5, 0.25, 0.25))
+    splits = {case["patient_id"]: set() for split in SPLITS for case in content[split]}
+    for split in SPLITS:
+        for case in content[split]:
+            splits[case["patient_id"]].add(split)
+    assert len(splits) == 6
+    assert all(len(found) == 1 for found in splits.values())
+
+
 def test_a_patient_in_two_given_splits_is_refused(tmp_path: Path) -> None:
     make_source(tmp_path / "src" / "train", 4)
     make_source(tmp_path / "src" / "test", 2)

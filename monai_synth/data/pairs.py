@@ -33,6 +33,7 @@ from monai_synth.data.prepare_shared import (
     write_dataset,
 )
 from monai_synth.data.problems import refuse_or_count
+from monai_synth.data.source_files import plain
 from monai_synth.data.whole_folder import whole_dataset
 from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
@@ -252,10 +253,12 @@ def _recipe(
 
 
 def _groups(found: PairSource, forms: Mapping[str, Form], regex: str | None) -> dict[str, str]:
-    """Group by name of the pair."""
-    if regex is None:
-        return {pair.name: forms[pair.name].patient or pair.name for pair in found.pairs}
-    return groups_by_regex({pair.name: pair.key for pair in found.pairs}, regex)
+    """Group by name of the pair, as it will be written: names that become one are one patient, in one split."""
+    if regex is not None:
+        groups = groups_by_regex({pair.name: pair.key for pair in found.pairs}, regex)
+    else:
+        groups = {pair.name: forms[pair.name].patient or pair.name for pair in found.pairs}
+    return {name: plain(group) for name, group in groups.items()}
 
 
 def _tasks(found: PairSource, group_of: Mapping[str, str], recipe: Recipe, serial: bool) -> list[PairTask]:
