@@ -246,7 +246,7 @@ def _chart(entries: Sequence[Mapping[str, Any]], key: str) -> str:
             low, high = (left + width * max(0.0, edge) / top for edge in number["ci"])
             rows.append(f"<path d='M{low:.1f} {y + 8}H{high:.1f}' stroke='#222' stroke-width='2'/>")
             x = max(x, high)
-        rows.append(f"<text x='{x + 6:.1f}' y='{y + 13}'>{number['value']:.4g}</text>")
+        rows.append(f"<text x='{x + 6:.1f}' y='{y + 13}'>{_shown(key, number['value'], 4)}</text>")
     size = f"width='{left + width + 80}' height='{len(numbers) * step + 4}'"
     style = "font-family='sans-serif' font-size='13'"
     return f"<h3>{_name(key)}</h3><svg xmlns='http://www.w3.org/2000/svg' {size} {style}>{''.join(rows)}</svg>"
@@ -297,7 +297,11 @@ def _number(key: str, number: Mapping[str, Any]) -> str:
     n = f"{number['n']} pairs" if isinstance(number["n"], int) else " / ".join(map(str, number["n"]))
     if number["value"] is None:
         return f"-<br><small>n = {n}</small>"
-    form = "{:.3f}" if key.endswith("ssim") else "{:.3g}"
-    interval = "<br>[{}, {}]".format(*(form.format(edge) for edge in number["ci"])) if number["ci"] else ""
-    form = form if key.endswith("ssim") else "{:.4g}"
-    return f"{form.format(number['value'])}<small>{interval}<br>n = {n}</small>"
+    interval = "<br>[{}, {}]".format(*(_shown(key, edge, 3) for edge in number["ci"])) if number["ci"] else ""
+    return f"{_shown(key, number['value'], 4)}<small>{interval}<br>n = {n}</small>"
+
+
+def _shown(key: str, value: float, digits: int) -> str:
+    if key.endswith("ssim"):
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
