@@ -696,9 +696,9 @@ def _add_classifier(classifier: argparse.ArgumentParser) -> None:
     add("--backbone", metavar="NAME", help="resnet18, 34, 50, densenet121, efficientnet-b0, ... (default: resnet18)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (default: train from scratch)")
     for option, kind, text in (
-        ("--epochs", int, "of every training; 1 or more (default: 20; demo: 4)"),
+        ("--epochs", int, "of every training; 1 or more (default: 20; demo: 8)"),
         ("--batch-size", int, "images per step; 2 or more (default: 32)"),
-        ("--lr", float, "initial rate; more than 0 (default: 0.001; demo: 0.01)"),
+        ("--lr", float, "initial rate; more than 0 (default: 0.001; demo: 0.003)"),
     ):
         add(option, type=kind, metavar="N" if kind is int else "F", help=text)
     add(

@@ -29,7 +29,7 @@ _PAPER: dict[str, Any] = {
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
-    "demo": _PAPER | {"seeds": 1, "rows": ("1", "3"), "epochs": 4, "lr": 1e-2, "lr_step": 3, "max_steps": 30},
+    "demo": _PAPER | {"seeds": 1, "rows": ("1", "3"), "epochs": 8, "lr": 3e-3, "lr_step": 3, "max_steps": 30},
 }
 SELECT_ON = ("real", "synthetic")
 GEO = ("paper", "seed-code")
