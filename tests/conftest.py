@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Small problems: more threads cost more than they bring, and much more on a busy machine.
 torch.set_num_threads(1)
+
+# Where the tests run in the background, their shell has Ctrl-C ignored, and so would the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
