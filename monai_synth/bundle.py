@@ -35,6 +35,7 @@ from monai_synth.checkpoint import (
     sha256_of,
     trained_file,
 )
+from monai_synth.checks import check_numbers, whole
 from monai_synth.data.datalist import read_dataset
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
@@ -44,6 +45,7 @@ __all__ = [
     "build_network",
     "bundle_root",
     "by_factor",
+    "check_numbers",
     "default_ckpt_dir",
     "default_device",
     "default_preset",
@@ -185,6 +187,7 @@ def begin(*, seed: int, device: str, distributed: bool = False) -> None:
         UserError: the device is not there, or torchrun and ``distributed`` do not go together.
     """
     sys.excepthook = _print_user_errors
+    whole("seed", seed, 0)
     try:
         target = torch.device(device)
         torch.zeros(1, device=target)
@@ -397,10 +400,16 @@ def guided_features(features: Sequence[str], scale: float | Mapping[str, float])
     return [] if scale == 0 else list(features)
 
 
-def run_sampling(dataset: Sized, evaluator: Engine) -> None:
-    """Sample what is not there yet."""
+def run_sampling(dataset: Sized, evaluator: Engine, *, key: str = "num_samples") -> None:
+    """Sample what is not there yet.
+
+    Args:
+        dataset: what is not there.
+        evaluator: samples its batches.
+        key: by which more are asked for.
+    """
     if not len(dataset):
-        logger.info("all images that were asked for are there already; raise --num_samples for more")
+        logger.info(f"all images that were asked for are there already; raise --{key} for more")
         return
     logger.info(f"sampling {len(dataset)} images")
     evaluator.run()

@@ -190,6 +190,11 @@ def test_both_conventions_of_guidance_sample_the_same_images(trained: dict[str, 
         ({"only": ["covid"]}, "unknown class 'covid'; the model was trained with bright, dark"),
         ({"num_steps": 501}, "500"),
         ({"guidance_scale": "3x"}, "guidance_scale is '3x'"),
+        ({"guidance_rescale": "x"}, "guidance_rescale is 'x'; allowed are shares"),
+        ({"batch_size": 0}, "batch_size is 0, allowed are integers from 1"),
+        ({"num_steps": "x"}, "num_steps is 'x'"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"only": 0}, "only is 0; give names of classes"),
         ({"guidance_interval": [0, 900]}, "two timesteps from 0 to 499"),
         ({"ckpt_dir": "nowhere"}, "there is no trained file"),
     ],
@@ -199,7 +204,7 @@ def test_bad_requests_end_in_one_message(trained: dict[str, str], tmp_path: Path
     base = {"num_steps": 2, "device": "cpu", "output_dir": str(tmp_path / "out")} | places_of(trained)
     made = workflow("cfg_ddpm", "inference.json", "infer", "run", **(base | values))
     assert message in str(user_error(lambda: (made.initialize(), made.run())))
-    assert not list(tmp_path.glob("out/*/*.png"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -212,6 +217,12 @@ def test_bad_requests_end_in_one_message(trained: dict[str, str], tmp_path: Path
         ({"drop_prob": 2}, "drop_prob is 2"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"preset": "huge"}, "unknown preset 'huge'"),
+        ({"learning_rate": "x"}, "learning_rate is 'x'; allowed are numbers above 0"),
+        ({"ema_decay": 2}, "ema_decay is 2; allowed are shares"),
+        ({"save_interval": 0}, "save_interval is 0, allowed are integers from 1"),
+        ({"num_grid_samples": 0}, "num_grid_samples is 0"),
+        ({"image_size": 20}, "image_size is 20; give a list"),
+        ({"seed": -1}, "seed is -1"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -219,6 +230,7 @@ def test_bad_trainings_end_in_one_message(dataset: Path, tmp_path: Path, values:
     places = {"dataset_dir": str(dataset), "ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "e")}
     made = workflow("cfg_ddpm", "train.json", "train", "training", **(TINY | places | values))
     assert message in str(user_error(lambda: (made.initialize(), made.run())))
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.slow

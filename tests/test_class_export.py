@@ -30,12 +30,12 @@ RECORD = {
 
 
 def opened(folder: Path, record: dict = RECORD, contract: dict = CONTRACT, **options) -> ClassExport:
-    return ClassExport(folder, contract=contract, name="toy", record=record, **options)
+    return ClassExport(folder, **({"contract": contract, "name": "toy", "seed": 0, "record": record} | options))
 
 
 def dataset(export: ClassExport, per_class: int = 3) -> ClassSamplingDataset:
     return ClassSamplingDataset(
-        CONTRACT["classes"], per_class=per_class, case_id_of=export.writer.case_id_of, is_done=export.is_done
+        CONTRACT["classes"], per_class=per_class, case_id_of=export.case_id_of, is_done=export.is_done
     )
 
 
@@ -89,9 +89,11 @@ def test_a_run_goes_on_where_it_stopped_and_more_images_leave_the_first_ones_alo
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
     write(opened(tmp_path / "out"))
     with pytest.raises(UserError, match=r"begun with settings.guidance.scale = 3.0, now .* = 1.0.*--output_dir"):
-        opened(tmp_path / "out", record=RECORD | {"guidance": {"scale": 1.0}})
+        write(opened(tmp_path / "out", record=RECORD | {"guidance": {"scale": 1.0}}))
+    with pytest.raises(UserError, match="begun with settings.seed = 0, now settings.seed = 1"):
+        write(opened(tmp_path / "out", seed=1))
     with pytest.raises(UserError, match="already exists"):
-        opened(tmp_path / "out", resume=False)
+        write(opened(tmp_path / "out", resume=False))
     assert write(opened(tmp_path / "out", record=RECORD | {"guidance": {"scale": 1.0}}, overwrite=True), 1) == 2
     assert len(list((tmp_path / "out").glob("*/*.png"))) == 2
 
@@ -100,8 +102,32 @@ def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path, overwrite):
     (tmp_path / "holiday.jpg").write_text("sea")
     with pytest.raises(UserError, match=r"'holiday.jpg'.*--output_dir"):
-        opened(tmp_path, overwrite=overwrite)
+        write(opened(tmp_path, overwrite=overwrite))
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_run_that_is_replaced_by_one_of_other_classes_leaves_nothing_behind(tmp_path):
+    write(opened(tmp_path / "out"))
+    other = opened(tmp_path / "out", contract=CONTRACT | {"classes": {"wet": 0, "normal": 1}}, overwrite=True)
+    assert len(other.writer.cases()) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"wet", "normal"}
+
+
+def test_nothing_is_begun_or_removed_before_the_wish_is_checked(tmp_path):
+    write(opened(tmp_path / "out"))
+    export = opened(tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match="per_class is 'abc'"):
+        dataset(export, "abc")
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 6
+    with pytest.raises(UserError):
+        dataset(opened(tmp_path / "new"), 0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file.*--output_dir"):
+        write(opened(tmp_path / "file" / "out"))
 
 
 def test_an_unfinished_run_has_no_dataset_json(tmp_path):

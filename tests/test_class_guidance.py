@@ -119,6 +119,10 @@ def test_rescaling_agrees_with_that_of_diffusers(phi):
         torch.testing.assert_close(spread, cond.std(dim=(1, 2, 3)))
 
 
+def test_a_prediction_without_spread_is_rescaled_to_no_nan():
+    assert torch.equal(guided(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), 3.0, 0.7), torch.zeros(2, 1, 4, 4))
+
+
 def test_an_image_depends_on_its_class_and_seed_alone():
     labels, seeds = torch.tensor([0, 1, 1, 0]), [7, 8, 9, 10]
     whole = inferer(num_steps=6)(labels, ExactDenoiser(), seeds=seeds)

@@ -40,6 +40,14 @@ def class_list(dataset_dir: str, split: str) -> list[dict[str, Any]]:
     return [{**case, "index": i} for i, case in enumerate(cases)]
 
 
+def some_of(cases: Sequence[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:
+    """At most ``number`` cases, evenly spaced through those of each class, the classes in their own proportions."""
+    if len(cases) <= number:
+        return list(cases)
+    by_class = sorted(cases, key=lambda case: case["class"])  # stable: within a class the order stays
+    return [by_class[i * len(cases) // number] for i in range(number)]
+
+
 def class_image_size(dataset: PreparedDataset) -> list[int]:
     """Size of a dataset's images.
 

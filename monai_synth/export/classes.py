@@ -9,7 +9,7 @@ On disk::
            dataset.json            written last: all images as ``training`` of a dataset of task "classes"
            samples.png             some of each class, a row each
 
-So the folder is read by whatever reads a prepared dataset, and by whatever takes a folder for each class.
+So the folder is read by whatever reads a prepared dataset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class ClassFolderWriter:
         self.path = Path(folder).expanduser().absolute()
         self.classes = dict(classes)
         self.head = dict(head)
-        self.folders = {name: sanitize_case_id(name) for name in classes}
+        self.folders = class_folders(classes)
         content = {"classes": self.classes, "head": self.head, "settings": dict(settings or {})}
         self._settings = json.loads(json.dumps(content, allow_nan=False))
         open_run_folder(
@@ -86,12 +86,8 @@ class ClassFolderWriter:
         return self.path / "provenance.jsonl"
 
     def image_path(self, case_id: str) -> Path:
-        """Where an image is, or would be; its id is that of `case_id_of`."""
+        """Where an image is, or would be; its id is the folder of its class, "_" and its seed."""
         return self.path / case_id.rpartition("_")[0] / f"{case_id}.png"
-
-    def case_id_of(self, class_name: str, seed: int) -> str:
-        """Id of the image of a class and seed."""
-        return f"{self.folders[class_name]}_{seed:07d}"
 
     def has(self, case_id: str) -> bool:
         """Whether an image is there."""
@@ -155,10 +151,19 @@ class ClassFolderWriter:
             return
         for file in ("dataset.json", "samples.png", "provenance.jsonl"):
             (path / file).unlink(missing_ok=True)
-        for place in self.folders.values():
+        try:
+            before = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))["classes"]
+        except (ValueError, KeyError, TypeError):
+            before = {}
+        for place in {*self.folders.values(), *map(sanitize_case_id, before)}:
             if (path / place).is_dir():
                 shutil.rmtree(path / place)
         (path / SETTINGS_FILE).unlink()
+
+
+def class_folders(classes: Iterable[str]) -> dict[str, str]:
+    """Folder of each class by its name, safe on every system."""
+    return {name: sanitize_case_id(name) for name in classes}
 
 
 class ClassExport(SampleExport):
@@ -168,6 +173,7 @@ class ClassExport(SampleExport):
         output_dir: the folder.
         contract: of the model: ``classes``, ``image_channels``, ``image_size``, ``modality``, ``intensity``.
         name: of the dataset.
+        seed: of the run; a run of another seed does not go on with it, since classes would share noise.
         record: what every provenance line says: ``checkpoints``, ``sampler``, ``num_steps``, ``precision``,
             ``guidance``, ``settings``.
         overwrite: replace a run that is there.
@@ -183,10 +189,12 @@ class ClassExport(SampleExport):
         *,
         contract: Mapping[str, Any],
         name: str,
+        seed: int,
         record: Mapping[str, Any],
         overwrite: bool = False,
         resume: bool = True,
     ) -> None:
+        self.folders = class_folders(contract["classes"])
         head = {
             "name": name,
             "modality": contract["modality"],
@@ -197,10 +205,14 @@ class ClassExport(SampleExport):
         super().__init__(
             partial(ClassFolderWriter, output_dir, classes=contract["classes"], head=head),
             record=record,
-            settings={},
+            settings={"seed": seed},
             overwrite=overwrite,
             resume=resume,
         )
+
+    def case_id_of(self, class_name: str, seed: int) -> str:
+        """Id of the image of a class and seed."""
+        return f"{self.folders[class_name]}_{seed:07d}"
 
     def write(self, engine: Engine) -> None:
         """Write the batch that was just sampled."""

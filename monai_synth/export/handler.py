@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,17 +70,37 @@ class SampleExport(ABC):
         self.record = dict(record)
         self.distributed = dist.is_available() and dist.is_initialized()
         self.is_main = not self.distributed or dist.get_rank() == 0
-        # rank 0 clears and begins the folder, the others then go on with it
-        if not self.is_main:
-            dist.barrier()
-        self.writer = writer(
+        self._make_writer = partial(
+            writer,
             overwrite=overwrite and self.is_main,
             resume=resume or not self.is_main,
             settings={**self.record, **settings},
         )
-        self.provenance = ProvenanceWriter(self.writer.provenance_path)
+
+    @property
+    def writer(self) -> SampleWriter:
+        """The writer; its folder is begun, or cleared, only now, after all settings of the run have been checked."""
+        return self._opened[0]
+
+    @property
+    def provenance(self) -> ProvenanceWriter:
+        """Writer of the lines."""
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[SampleWriter, ProvenanceWriter]:
+        # rank 0 clears and begins the folder, the others then go on with it
+        if not self.is_main:
+            dist.barrier()
+        try:
+            writer = self._make_writer()
+            provenance = ProvenanceWriter(writer.provenance_path)
+        except OSError as error:
+            msg = f"cannot write to {error.filename} ({error.strerror}); give an --output_dir that can be written"
+            raise UserError(msg) from error
         if self.distributed and self.is_main:
             dist.barrier()
+        return writer, provenance
 
     def is_done(self, case_id: str) -> bool:
         """Whether the image of this id and its line are there."""

@@ -12,6 +12,7 @@ from monai.engines import PrepareBatch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
+from monai_synth.checks import share, whole
 from monai_synth.diffusion import alphas_cumprod, clipped_prediction, make_sampler
 from monai_synth.errors import UserError
 from monai_synth.inference.sampler import initial_noise, make_generators, sample
@@ -53,7 +54,7 @@ def guided(cond: Tensor, null: Tensor, scale: float, rescale: float = 0.0) -> Te
     if rescale == 0.0:
         return result
     axes = tuple(range(1, cond.ndim))
-    matched = result * (cond.std(dim=axes, keepdim=True) / result.std(dim=axes, keepdim=True))
+    matched = result * (cond.std(dim=axes, keepdim=True) / result.std(dim=axes, keepdim=True).clamp_min(1e-8))
     return rescale * matched + (1 - rescale) * result
 
 
@@ -74,7 +75,7 @@ class ClassInferer(Inferer):
         guidance_convention: see there.
         guidance_interval: (first, last) timesteps between which guidance acts, both included, in either order;
             elsewhere the class is given without guidance (Kynkaanniemi et al. 2024). None is everywhere.
-        guidance_rescale: see :func:`guided`, 0 to 1.
+        guidance_rescale: see :func:`guided`, 0 to 1; where only one prediction is computed there is nothing to rescale.
         clip: keep each predicted x_0 within [-1, 1], as the text's code does.
 
     Raises:
@@ -97,8 +98,6 @@ class ClassInferer(Inferer):
         clip: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(guidance_rescale, bool) or not 0 <= guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale is {guidance_rescale!r}; allowed are shares from 0, which is none, to 1")
         self.schedule = dict(schedule)
         self.alphas_cumprod = alphas_cumprod(schedule)
         self.shape = (int(image_channels), *image_size)
@@ -106,7 +105,7 @@ class ClassInferer(Inferer):
         self.sampler, self.num_steps = sampler, num_steps
         self.guidance_scale = guidance_scale_of(guidance_scale, guidance_convention)
         self.guidance_interval = self._interval(guidance_interval)
-        self.guidance_rescale = float(guidance_rescale)
+        self.guidance_rescale = share("guidance_rescale", guidance_rescale)
         self.clip = clip
         self._scheduler()  # refuse wrong settings before any work
 
@@ -192,8 +191,7 @@ class ClassSamplingDataset(torch.utils.data.Dataset):
     ) -> None:
         self.classes = dict(classes)
         self.counts = self._checked(per_class, only)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed is {seed!r}, allowed are integers from 0; give --seed 0, say")
+        whole("seed", seed, 0)
         wanted = [
             (i, name) for i in range(max(self.counts.values())) for name, count in self.counts.items() if i < count
         ]
@@ -208,6 +206,8 @@ class ClassSamplingDataset(torch.utils.data.Dataset):
 
     def _checked(self, per_class: int | Mapping[str, int], only: Sequence[str] | None) -> dict[str, int]:
         """Images of each class that is sampled."""
+        if only is not None and not isinstance(only, (str, Sequence)):
+            raise UserError(f"only is {only!r}; give names of classes, e.g. --only '[\"{next(iter(self.classes))}\"]'")
         names = list(self.classes if only is None else [only] if isinstance(only, str) else only)
         given = dict(per_class) if isinstance(per_class, Mapping) else dict.fromkeys(names, per_class)
         unknown = sorted({*given, *names} - set(self.classes))

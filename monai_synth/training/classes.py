@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from monai_synth.checks import whole
 from monai_synth.diffusion import add_noise, training_target
 from monai_synth.errors import UserError
 from monai_synth.training.pairs import IterationSampler
@@ -39,9 +40,7 @@ def iterations_for(num_cases: int, batch_size: int, num_processes: int = 1) -> i
     Raises:
         UserError: ``batch_size`` is below 1.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"batch_size is {batch_size!r}, allowed are integers from 1; give --batch_size 16, say")
-    return -(-num_cases // (batch_size * num_processes))
+    return -(-num_cases // (whole("batch_size", batch_size) * num_processes))
 
 
 class BalancedSampler(IterationSampler):

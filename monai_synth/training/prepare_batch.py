@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from monai.engines import PrepareBatch
 
+from monai_synth.checks import share
 from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
-from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
 
 
@@ -61,9 +61,7 @@ class ConditionDropout:
     """
 
     def __init__(self, drop_prob: float, null: int | torch.Tensor, *, seed: int | None = None) -> None:
-        if isinstance(drop_prob, bool) or not 0 <= drop_prob <= 1:
-            raise UserError(f"drop_prob is {drop_prob!r}; allowed are shares from 0, which drops none, to 1")
-        self.drop_prob, self.null, self.seed = float(drop_prob), null, seed
+        self.drop_prob, self.null, self.seed = share("drop_prob", drop_prob), null, seed
 
     def __call__(self, condition: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """The conditions (B, ...) of the items ``index`` (B,), some of them dropped."""
