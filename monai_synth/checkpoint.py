@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,16 @@ def save_atomic(content: Mapping[str, Any], path: str | Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def load_file(path: str | Path, *, stage: str | None = None, map_location: Any = "cpu") -> dict[str, Any]:
+def load_file(
+    path: str | Path, *, stage: str | None = None, map_location: Any = "cpu", option: str = "--ckpt_dir"
+) -> dict[str, Any]:
     """Read a file written by :func:`save_atomic`.
 
     Args:
         path: the file.
         stage: refuse a file of another stage (``autoencoder``, ``classifier``, ``diffusion``).
         map_location: see ``torch.load``.
+        option: by which the user named the file, or its folder.
 
     Raises:
         UserError: missing, truncated, not of this package, or of another stage.
@@ -104,13 +108,15 @@ def load_file(path: str | Path, *, stage: str | None = None, map_location: Any =
         found = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         msg = (
             f"there is no trained file {path} (found there: {', '.join(found) or 'nothing'}); "
-            "train it first, or give the folder that holds it as --ckpt_dir"
+            f"train it first, or give the right {option}"
         )
         raise UserError(msg)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged or foreign file
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        # of a file that it will not unpickle torch tells how to unpickle it all the same
+        text = "" if isinstance(error, pickle.UnpicklingError) else str(error)
+        reason = text.splitlines()[0][:200] if text else type(error).__name__
         msg = f"{path} cannot be read ({reason}): it is truncated or no checkpoint; delete it and train it again"
         raise UserError(msg) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
-        print(f"monai-synth: {_one_line(error)}", file=sys.stderr)
+        print(f"monai-synth: error: {_one_line(error)}", file=sys.stderr)
         return 2
 
 

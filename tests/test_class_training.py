@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from monai_synth.data.class_images import ClassImages, class_image_size, class_list, ready_batch
+from monai_synth.data.class_images import ClassImages, class_image_size, class_list, ready_batch, some_of
 from monai_synth.data.datalist import read_dataset
 from monai_synth.data.pair_files import read_image, resize_image, write_image
 from monai_synth.diffusion import alphas_cumprod
@@ -88,6 +88,38 @@ def test_a_dataset_of_one_class_or_without_images_of_one_is_refused(tmp_path):
     folder = write_dataset(tmp_path / "b", [0, 0], classes={"dark": 0})
     with pytest.raises(UserError, match=r"one class only \(dark\)"):
         class_list(str(folder), "training")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class": 7}, r"has the class 7, allowed are \[0, 1\]"),
+        ({"class": "dark"}, "has the class 'dark'"),
+        ({"class": None}, "has the class None"),
+        ({"image": "../other/0.png"}, "lies outside the dataset"),
+        ({"image": "/etc/passwd"}, "lies outside the dataset"),
+    ],
+)
+def test_a_dataset_that_was_changed_by_hand_is_refused(tmp_path, change, words):
+    folder = write_dataset(tmp_path / "a", [0, 1])
+    content = json.loads((folder / "dataset.json").read_text())
+    content["training"][1] |= change
+    (folder / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        read_dataset(folder, task="classes")
+
+
+def test_class_numbers_are_counted_from_0(tmp_path):
+    folder = write_dataset(tmp_path / "a", [1, 5], classes={"dark": 1, "bright": 5})
+    with pytest.raises(UserError, match="needed are names with the numbers 0, 1"):
+        read_dataset(folder, task="classes")
+
+
+def test_a_few_cases_hold_the_classes_as_all_do():
+    cases = [{"class": k} for k in [0] * 300 + [1] * 100]
+    assert [case["class"] for case in some_of(cases, 40)].count(1) == 10
+    assert some_of(cases, 400) == cases
+    assert some_of(cases, 1000) == cases
 
 
 def test_images_of_unequal_size_ask_for_a_size(tmp_path):

@@ -151,7 +151,7 @@ def test_a_phantom_of_another_kind_gets_what_is_given_and_its_own_defaults(
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (UserError("got 3,\n allowed is 2"), 2, "monai-synth: got 3, allowed is 2\n"),
+        (UserError("got 3,\n allowed is 2"), 2, "monai-synth: error: got 3, allowed is 2\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x.dcm"), 2, "x.dcm"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a.png"), 2, "free some space"),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -98,7 +98,26 @@ def read_dataset(dataset_dir: str | Path, *, task: str | None = None) -> Prepare
         raise UserError(f"{path} lacks {', '.join(missing)}, so it is no prepared dataset; {remedy}")
     if task is not None and content["task"] != task:
         raise UserError(f"{path} was prepared for task {content['task']!r}, this bundle needs {task!r}; {remedy}")
+    if task == "classes":
+        _check_classes(path, content, remedy)
     return PreparedDataset(root, content, hashlib.sha256(raw_bytes).hexdigest())
+
+
+def _check_classes(path: Path, content: dict[str, Any], remedy: str) -> None:
+    """Refuse class numbers that a model cannot count by, and images outside the dataset."""
+    classes = content.get("classes")
+    numbers = list(classes.values()) if isinstance(classes, dict) else None
+    if numbers is None or numbers != list(range(len(numbers))):
+        raise UserError(f"{path} has the classes {classes!r}, needed are names with the numbers 0, 1, ...; {remedy}")
+    for split in SPLITS:
+        for case in content.get(split, []):
+            number, image = case.get("class"), str(case.get("image", ""))
+            if type(number) is not int or number not in numbers:
+                msg = f"{path}: case {case.get('case_id')!r} has the class {number!r}, allowed are {numbers}"
+                raise UserError(f"{msg}; {remedy}")
+            if not image or Path(image).is_absolute() or ".." in Path(image).parts:
+                msg = f"{path}: the image {image!r} of case {case.get('case_id')!r} lies outside the dataset"
+                raise UserError(f"{msg}; {remedy}")
 
 
 def load_datalist(dataset_dir: str | Path, split: str, *, required: bool = True) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def resize_label(label: np.ndarray, size: Sequence[int], num_labels: int) -> np.
 
 
 def _read(path: str | Path) -> np.ndarray:
-    remedy = "prepare the dataset again (monai-synth prepare pairs ...)"
+    remedy = "write its dataset again (monai-synth prepare ..., or the bundle's sampling)"
     try:
         if str(path).endswith(".png"):
             with Image.open(path) as picture:

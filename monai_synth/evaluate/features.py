@@ -151,7 +151,7 @@ def trained_classifier(path: str | Path, *, device: str | torch.device = "cpu") 
     Raises:
         UserError: missing, unreadable, or of another stage.
     """
-    content = load_file(path, stage="image_classifier")
+    content = load_file(path, stage="image_classifier", option="--extractor")
     network = restore_network(content, path).to(device)
     contract = content["contract"]
     size = tuple(int(n) for n in contract["image_size"])
