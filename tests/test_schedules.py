@@ -184,6 +184,17 @@ def test_tables_equal_those_of_diffusers(schedule):
     assert (table.diff() < 0).all()
 
 
+def test_few_calls_are_spent_on_the_pure_noise_at_the_end_of_the_cosine_schedule():
+    cosine = {"num_train_timesteps": 500, "beta_schedule": "squaredcos_cap_v2"}
+    table = alphas_cumprod(cosine)
+    steps = sampling_timesteps(cosine, 20)
+    assert sum(float(table[t]) < 1e-3 for t in steps) <= 4  # it was 9 where the spacing began at the capped betas
+    linear = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    log_snr = torch.log(alphas_cumprod(linear) / (1 - alphas_cumprod(linear)))
+    spans = torch.diff(log_snr[sampling_timesteps(linear, 20)])
+    assert spans[:12].max() / spans[:12].min() < 1.05  # where timesteps are dense the spacing is even from the end on
+
+
 @pytest.mark.parametrize("schedule", [LINEAR, SCALED, COSINE], ids=["linear", "scaled_linear", "cosine"])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 20, 50, 250, 333, 999, 1000])
 def test_timesteps_descend_without_repeats_from_pure_noise_to_the_last(schedule, num_steps):

@@ -27,6 +27,7 @@ Schedule = Mapping[str, Any]
 SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+LEAST_LOG_SNR = -10.2  # just below the end of DDPM's linear schedule, -10.1
 _KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 
 
@@ -173,6 +174,9 @@ def step_variance(schedule: Schedule | Tensor, t: int, t_prev: int) -> float:
 def sampling_timesteps(schedule: Schedule | Tensor, num_steps: int) -> list[int]:
     """The timesteps a sampler visits, evenly spaced in the logarithm of the signal-to-noise ratio.
 
+    A schedule that ends in pure noise (the cosine, whose last betas are capped) has timesteps there that hardly differ
+    in what they show of the data; the even spacing starts at ``LEAST_LOG_SNR``, which no other schedule here reaches.
+
     The log-SNR is the time in which a diffusion runs evenly, so this spacing needs fewer steps than one that
     is even in t; for 20 steps of DPM-Solver++ on a Gaussian it is the difference between 1 % and 30 % error
     of the standard deviation. The list holds whole timesteps only, so that the network is asked for just the
@@ -190,12 +194,13 @@ def sampling_timesteps(schedule: Schedule | Tensor, num_steps: int) -> list[int]
         UserError: if ``num_steps`` is not within 1 to T.
     """
     table = _table(schedule)
-    if isinstance(num_steps, bool) or int(num_steps) != num_steps or not 1 <= num_steps <= len(table):
-        msg = f"num_steps is {num_steps}; a sampler takes 1 to {len(table)} steps with this schedule."
+    if isinstance(num_steps, (bool, str)) or int(num_steps) != num_steps or not 1 <= num_steps <= len(table):
+        msg = f"num_steps is {num_steps!r}; a sampler takes 1 to {len(table)} steps with this schedule."
         raise UserError(msg)
     num_steps = int(num_steps)
     log_snr = torch.log(table / (1 - table)).numpy()
-    wanted = np.linspace(log_snr[-1], log_snr[0], num_steps)
+    wanted = np.linspace(max(log_snr[-1], LEAST_LOG_SNR), log_snr[0], num_steps)
+    wanted[0] = log_snr[-1]
     steps = np.interp(-wanted, -log_snr, np.arange(len(table))).round().astype(int)
     # Near the data one timestep spans several of the wanted levels: each then takes the next free timestep.
     order = np.arange(num_steps)
