@@ -210,6 +210,21 @@ def test_a_stopped_run_goes_on_from_its_last_epoch_and_ends_as_if_it_had_not_bee
     assert len(epochs) == 3
 
 
+def test_a_folder_of_something_else_is_not_written_into(data):
+    before = sorted(path.name for path in (data / "synthetic").iterdir())
+    with pytest.raises(UserError, match=r"--out .*synthetic holds .* and no experiment; give a folder that is new"):
+        run_experiment(settings(data, rows=["1"], out=str(data / "synthetic")), report=lambda line: None)
+    assert sorted(path.name for path in (data / "synthetic").iterdir()) == before
+
+
+def test_a_held_out_part_of_synthetic_images_needs_more_than_one(data):
+    content = json.loads((data / "synthetic" / "dataset.json").read_text())
+    content["training"] = [next(case for case in content["training"] if case["class"] == k) for k in (0, 1)]
+    (data / "synthetic" / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="there are 1 synthetic images of"):
+        run_experiment(settings(data, rows=["17"], select_on="synthetic"), report=lambda line: None)
+
+
 def test_a_damaged_state_is_trained_again(data):
     state = data / "out/runs/1_seed0.state.pt"
     state.parent.mkdir(parents=True)

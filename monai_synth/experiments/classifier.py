@@ -118,6 +118,8 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     from monai_synth.experiments.classifier_train import Job
 
     source = sets.read_source(settings.real, settings.synthetic, settings.image_size)
+    if values["select_on"] == "synthetic":
+        sets.require_held_out(source.labels("synthetic"), source.classes)
     sets.require_synthetic(rows, {name: source.labels(name) for name in ("training", "synthetic")}, source.classes)
     positive = _positive(settings.positive, source.classes)
     values |= {
@@ -130,6 +132,7 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     num_seeds, workers, device = values.pop("seeds"), values.pop("workers"), values["device"]
 
     out = Path(settings.out).expanduser().absolute()
+    _require_own_folder(out)
     with locked(out), terminated_as_interrupt():
         record = {key: value for key, value in values.items() if key not in ("device", "weights")}
         record_settings(out / "experiment.json", record)
@@ -161,6 +164,14 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
                 )
         report(f"results: {out / 'results.json'}, {out / 'results.csv'}, {out / 'report.html'}")
     return content
+
+
+def _require_own_folder(out: Path) -> None:
+    """Refuse a folder that holds something else, such as the samples themselves."""
+    entries = [path.name for path in out.iterdir()] if out.is_dir() else []
+    there = sorted(name for name in entries if name not in ("runs", "classifiers") and not name.startswith("."))
+    if there and not (out / "experiment.json").is_file():
+        raise UserError(f"--out {out} holds {there[0]!r} and no experiment; give a folder that is new or empty")
 
 
 def _run_all(jobs: Sequence[Any], source: Any, workers: int, report: Callable[[str], None]) -> None:

@@ -229,8 +229,8 @@ def _reported(row: text.Reported, metric: str, content: Mapping[str, Any]) -> st
 
 def _apart(number: Mapping[str, Any]) -> bool:
     """Whether a difference is one: its intervals, over patients and over patients and seeds, leave out 0."""
-    ends = [number[key] for key in ("ci", "ci_seeds") if number[key]]
-    return bool(ends) and (all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends))
+    ends = [number[key] for key in ("ci", "ci_seeds")]
+    return all(ends) and (all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends))
 
 
 def _number(number: Mapping[str, Any], *, bold: bool = False, sign: bool = False) -> str:

@@ -7,7 +7,7 @@ Every choice depends on the seed alone, so all rows of one seed see the same ten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,19 @@ def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     """Sorted indices of a tenth of each class."""
     order = _shuffled(labels, seed, "held out")
     return np.sort(np.concatenate([index[: max(1, round(len(index) * HELD_OUT))] for index in order]))
+
+
+def require_held_out(labels: np.ndarray, classes: Mapping[str, int]) -> None:
+    """Refuse synthetic images of which none would be left to train on.
+
+    Raises:
+        UserError: a class has fewer than two.
+    """
+    for name, number in classes.items():
+        count = int((labels == number).sum())
+        if count < 2:
+            msg = f"--select-on synthetic holds out a part of each class, and there are {count} synthetic images of "
+            raise UserError(f"{msg}{name!r}; sample 2 or more (--per_class), or choose the epoch on real images")
 
 
 def derived_seed(*parts: object) -> int:

@@ -315,7 +315,7 @@ def _train(
         loss, right, num = sums.tolist()
         if not math.isfinite(loss):
             msg = f"row {job.row.name}, seed {job.seed}: the loss is not finite after epoch {progress.epoch + 1}"
-            raise UserError(f"{msg}; give a smaller --lr than {values['lr']}")
+            raise UserError(f"{msg}; give a smaller --lr than {values['lr']}, and another --out")
         logits = predict(network, validation)
         val_loss = nn.functional.cross_entropy(logits, validation.labels, None if weight is None else weight.cpu())
         val_right = (logits.argmax(1) == validation.labels).double().mean()

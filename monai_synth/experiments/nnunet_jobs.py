@@ -151,9 +151,12 @@ def locked(out: Path) -> Iterator[None]:
     """Hold a folder against a second experiment at work in it.
 
     Raises:
-        UserError: one is.
+        UserError: one is, or the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another --out") from error
     with open(out / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
