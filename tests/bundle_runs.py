@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,18 @@ def options(values: dict[str, Any]) -> list[str]:
         for key, value in values.items()
         for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process in a group of its own, of which nothing is left after the block."""
+    process = subprocess.Popen(arguments, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def kill_when_there(run_it: list[str], path: Path) -> None:

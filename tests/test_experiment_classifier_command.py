@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bundle_runs import started
 from classifier_toy import write_both, write_dataset
 
 from monai_synth.cli import main
@@ -48,21 +49,19 @@ def test_an_interrupt_ends_all_processes_and_scores_what_is_done(tmp_path, worke
     program = f"import sys; sys.path[:0] = {sys.path!r}; from monai_synth.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["experiment", "classifier", *(f"--{k}={tmp_path / k}" for k in ("real", "synthetic", "out"))]
     arguments += f"--seeds 3 --epochs 60 --batch-size 8 --workers {workers} --device cpu --bootstrap 20".split()
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("[2/"):
-            break
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
-    assert process.wait(60) == 130
-    deadline = time.monotonic() + 20
-    while members(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not members(process.pid)
+    with started([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("[2/"):
+                break
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        assert process.wait(60) == 130
+        deadline = time.monotonic() + 20
+        while members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not members(process.pid)
     assert not (tmp_path / "out/images.part").exists()
     done = {path.name for path in (tmp_path / "out/runs").glob("*.json")}
     assert len(done) >= 2

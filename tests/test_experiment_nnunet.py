@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundle_runs import started
 from nnunet_toy import write_prepared, write_synthetic
 
 from monai_synth.cli import main
@@ -428,12 +429,12 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "ran").is_file() or "b.train" not in (tmp_path / "ran").read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(60) == 130
+    with started([sys.executable, "-c", program], stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "ran").is_file() or "b.train" not in (tmp_path / "ran").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == 130
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "ran.pid").read_text()), 0)
     assert [name for name, _ in run_toy([task("a"), task("b")], tmp_path)[1]][-1:] == ["b.train"]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bundle_runs import started
 from nnunet_toy import write_prepared, write_synthetic
 
 from monai_synth.cli import main
@@ -84,12 +85,12 @@ def test_a_stopped_training_goes_on_from_its_last_checkpoint(tmp_path):
     write_prepared(tmp_path / "real", splits={"training": 6, "test": 1}, shape=(64, 64))
     write_synthetic(tmp_path, num=9, shape=(64, 64))
     call = command(tmp_path, "--mode", "synthetic-only", "--epochs", "30")
-    first = subprocess.Popen([sys.executable, "-m", "monai_synth", *call], stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "out/nnunet/results").glob("seed0_real_fold0/*/*/fold_0/checkpoint_latest.pth")):
-        assert first.poll() is None
-        time.sleep(0.02)
-    first.send_signal(signal.SIGINT)
-    assert first.wait() == 130
+    with started([sys.executable, "-m", "monai_synth", *call], stdout=subprocess.DEVNULL) as first:
+        while not list((tmp_path / "out/nnunet/results").glob("seed0_real_fold0/*/*/fold_0/checkpoint_latest.pth")):
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 130
     assert not (tmp_path / "out/jobs/seed0_real_fold0.train.json").exists()
     assert main(call) == 0
     log = (tmp_path / "out/logs/seed0_real_fold0.log").read_text()
