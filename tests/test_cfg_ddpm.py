@@ -234,6 +234,15 @@ def test_bad_trainings_end_in_one_message(dataset: Path, tmp_path: Path, values:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("key", ["ckpt_dir", "output_dir"])
+def test_a_place_that_is_a_file_is_told_before_the_training(dataset: Path, tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").write_text("x")
+    places = {"ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "e")} | {key: str(tmp_path / "file")}
+    made = workflow("cfg_ddpm", "train.json", "train", "training", **TINY, dataset_dir=str(dataset), **places)
+    assert f"give another --{key}" in str(user_error(lambda: (made.initialize(), made.run())))
+
+
+@pytest.mark.slow
 def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(dataset: Path, tmp_path: Path) -> None:
     weights = []
     for way in ("whole", "killed"):

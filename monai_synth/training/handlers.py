@@ -35,6 +35,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def make_folder(folder: Path, key: str) -> None:
+    """Create a folder before any work that is to be kept there.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key} {folder} cannot be written ({error.strerror}); give another --{key}") from error
+
+
 class SharedHandler:
     """Attaches a handler that is defined elsewhere in a config, because others refer to it too.
 
@@ -167,8 +179,11 @@ class StageCheckpoint:
         """Bring the training to where ``last_<name>`` left it; gives the epochs that are done.
 
         Raises:
-            UserError: there are results that would be overwritten, or the file is of another training.
+            UserError: there are results that would be overwritten, the file is of another training, or its folder
+                cannot be written.
         """
+        if rank() == 0:
+            make_folder(self.path.parent, "ckpt_dir")
         if not self.resume:
             for path in (self.path, self.last):
                 if path.exists():
@@ -303,7 +318,7 @@ class MLflowRun(MLFlowHandler):
         self.checkpoint = str(checkpoint)
         if not self.active:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir, "output_dir")
         super().__init__(
             tracking_uri=path_to_sqlite_uri(str(output_dir / "mlruns.db")),
             iteration_log=False,
