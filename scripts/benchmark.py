@@ -7,6 +7,7 @@
     python scripts/benchmark.py --pairs FOLDER LABEL    # import of SRC/images and SRC/masks
     python scripts/benchmark.py --first-command lsdm    # train.json of a bundle on its phantom (minutes)
     python scripts/benchmark.py --class-model FOLDER    # sampling with a trained model of cfg_ddpm, 20 and 500 steps
+    python scripts/benchmark.py --alignment             # training step of cfg_ddpm at 64 x 64, plain and aligned
 
 Times are process times (all threads of this process and of its children), on a GPU with the wait for it, medians of
 interleaved rounds; on a shared machine quote ratios. Nothing here is a test: machines differ.
@@ -164,6 +165,55 @@ def class_sampling(ckpt_dir: Path, *, num_images: int = 500, batch: int = 50, de
     )
 
 
+def alignment(preset: str, backbone: str, *, size: int = 64, batch: int = 4, device: str) -> None:
+    """A training step of cfg_ddpm's network, plain and with an expert that sees the noisy images at their size."""
+    from monai_synth.networks import ClassUNet, ImageClassifier
+    from monai_synth.training import (
+        AlignedLoss,
+        AlignedNetwork,
+        AlignedPrepareBatch,
+        ClassDiffusionPrepareBatch,
+        Expert,
+    )
+
+    sizes = {
+        "demo": {"base_channels": 32, "channel_mult": (1, 2, 2), "num_res_blocks": 1},
+        "paper": {"base_channels": 64, "channel_mult": (1, 2, 4), "num_res_blocks": 2},
+    }[preset]
+    torch.manual_seed(0)
+    expert = Expert(ImageClassifier(backbone, 8, 1), value_range=[-1, 1], device=device)
+    network = ClassUNet(2, 1, 8, (size, size), **sizes).to(device)
+    t = torch.zeros(1, dtype=torch.long)
+    aligned = AlignedNetwork(
+        ClassUNet(2, 1, 8, (size, size), **sizes), layer="middle_block", num_features=expert.num_features,
+        example={"x": torch.zeros(1, 1, size, size), "timesteps": t, "class_labels": t},
+    ).to(device)  # fmt: skip
+    schedule = {"num_train_timesteps": 500, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    prepare = ClassDiffusionPrepareBatch(schedule, null_class=8, drop_prob=0.2)
+    ways = {
+        "plain": (network, torch.nn.MSELoss(), prepare),
+        "aligned": (aligned, AlignedLoss(torch.nn.MSELoss()), AlignedPrepareBatch(prepare, expert, image_channels=1)),
+    }
+    optimizers = {name: torch.optim.AdamW(way[0].parameters(), fused=True) for name, way in ways.items()}
+    image = torch.randint(0, 256, (batch, 1, size, size), dtype=torch.uint8)
+    data = {"image": image, "class": torch.arange(batch) % 8, "index": torch.arange(batch)}
+
+    def step(name: str) -> None:
+        model, loss_function, prepared = ways[name]
+        x_t, target, args, kwargs = prepared(data, device)
+        loss = loss_function(model(x_t, *args, **kwargs), target)
+        optimizers[name].zero_grad()
+        loss.backward()
+        optimizers[name].step()
+        float(loss.detach())  # waits for the device
+
+    times = interleaved({name: (lambda name=name: step(name)) for name in ways}, rounds=7)
+    print(
+        f"training step of cfg_ddpm ({preset}), {size} x {size}, batch {batch}, {device}: plain {times['plain']:.3f} s,"
+        f" aligned with {backbone} {times['aligned']:.3f} s, {100 * (times['aligned'] / times['plain'] - 1):+.0f} %"
+    )
+
+
 def pairs_import(source: Path, label: str) -> None:
     """``prepare pairs`` in a process of its own, with the machine's default number of workers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -219,6 +269,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs=2, metavar=("FOLDER", "LABEL"), help="images and masks to import")
     parser.add_argument("--first-command", metavar="BUNDLE", help="train a bundle on its phantom, e.g. jdm")
     parser.add_argument("--class-model", type=Path, metavar="FOLDER", help="ckpt_dir of cfg_ddpm to sample from")
+    parser.add_argument("--alignment", action="store_true", help="training step with and without an expert")
     parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -232,7 +283,12 @@ def main() -> None:
         pairs_import(Path(arguments.pairs[0]), arguments.pairs[1])
     if arguments.class_model:
         class_sampling(arguments.class_model, device=arguments.device)
-    if not any(vars(arguments)[key] for key in ("lidc", "xml_zip", "pairs", "first_command", "class_model")):
+    if arguments.alignment:
+        for preset in ("demo", "paper"):
+            for backbone in ("resnet18", "resnet50"):
+                alignment(preset, backbone, device=arguments.device)
+    chosen = ("lidc", "xml_zip", "pairs", "first_command", "class_model", "alignment")
+    if not any(vars(arguments)[key] for key in chosen):
         spade_cache("demo", 8)
         spade_cache("paper-quarter", 1)
         joint_unet(32, 64, 4, device=arguments.device)

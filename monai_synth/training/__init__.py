@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainers, prepare-batch classes, datasets of latents and handlers; the names here are what configs use."""
 
+from monai_synth.training.alignment import (
+    AlignedLoss,
+    AlignedNetwork,
+    AlignedOutput,
+    HeldOutAlignment,
+    plain_network,
+    weight_schedule,
+)
 from monai_synth.training.autoencoder import AutoencoderTrainer, Reconstruction
 from monai_synth.training.classes import (
     BalancedSampler,
@@ -11,6 +19,7 @@ from monai_synth.training.classes import (
     iterations_for,
 )
 from monai_synth.training.classifier import ConvergenceReport, classifier_loss, initial_output, is_classification
+from monai_synth.training.expert import AlignedPrepareBatch, Expert, load_expert
 from monai_synth.training.handlers import (
     EMA,
     EpochSeed,
@@ -42,6 +51,10 @@ from monai_synth.training.prepare_batch import (
 
 __all__ = [
     "EMA",
+    "AlignedLoss",
+    "AlignedNetwork",
+    "AlignedOutput",
+    "AlignedPrepareBatch",
     "AutoencoderTrainer",
     "BalancedSampler",
     "ClassDiffusionPrepareBatch",
@@ -50,6 +63,8 @@ __all__ = [
     "ConvergenceReport",
     "EpochSeed",
     "ExpandChannels",
+    "Expert",
+    "HeldOutAlignment",
     "IterationSampler",
     "JointDiffusionPrepareBatch",
     "LatentCache",
@@ -72,11 +87,14 @@ __all__ = [
     "initial_output",
     "is_classification",
     "iterations_for",
+    "load_expert",
     "lr_decay",
     "num_real",
     "pair_list",
     "pair_preprocessing",
     "pair_spacing",
     "perceptual_loss",
+    "plain_network",
     "run_training",
+    "weight_schedule",
 ]
