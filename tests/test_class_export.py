@@ -14,8 +14,9 @@ from PIL import Image
 
 from monai_synth.data.classes import prepare_classes
 from monai_synth.data.datalist import read_dataset
+from monai_synth.data.joint import to_image
 from monai_synth.errors import UserError
-from monai_synth.export.classes import ClassExport, ClassFolderWriter, to_uint8_images
+from monai_synth.export.classes import ClassExport, ClassFolderWriter
 from monai_synth.export.provenance import read_provenance
 from monai_synth.inference.classes import ClassSamplingDataset, collate_classes
 
@@ -153,5 +154,5 @@ def test_class_names_become_safe_folders_that_stay_apart(tmp_path):
 
 def test_values_become_8_bit_as_prepare_reads_them_back():
     values = torch.arange(256).view(1, 1, 16, 16).float()
-    assert (to_uint8_images(values / 127.5 - 1) == values.numpy().astype(np.uint8)).all()
-    assert to_uint8_images(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).ravel().tolist() == [0, 255]
+    assert (to_image(values / 127.5 - 1, (-1, 1)).numpy() == values.numpy().astype(np.uint8)).all()
+    assert to_image(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2), (-1, 1)).ravel().tolist() == [0, 255]

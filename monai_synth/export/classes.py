@@ -17,22 +17,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ignite.engine import Engine
 
 from monai_synth import __version__
 from monai_synth.atomic import remove_leftovers, write_json
+from monai_synth.data.joint import to_image
 from monai_synth.data.pair_files import read_image, write_image
 from monai_synth.errors import UserError
 from monai_synth.export.handler import SampleExport
 from monai_synth.export.nnunet import sanitize_case_id
 from monai_synth.export.run_folder import SETTINGS_FILE, open_run_folder
+from monai_synth.inference.classes import VALUE_RANGE
 from monai_synth.training.pictures import middle_picture, picture_grid
 
 _SHEET = 12  # columns of samples.png
@@ -216,12 +217,6 @@ class ClassExport(SampleExport):
 
     def write(self, engine: Engine) -> None:
         """Write the batch that was just sampled."""
-        batch, images = engine.state.batch, to_uint8_images(engine.state.output["pred"])
-        for i, image in enumerate(images):
+        batch, pred = engine.state.batch, engine.state.output["pred"].detach().cpu()
+        for i, image in enumerate(to_image(pred, VALUE_RANGE).numpy()):
             self.add(batch, i, image)
-
-
-def to_uint8_images(images_pm1: torch.Tensor) -> Sequence[np.ndarray]:
-    """(B, C, *S) in [-1, 1] -> uint8, clipped."""
-    unit = (images_pm1.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return unit.round().to(torch.uint8).numpy()
