@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from monai.engines import PrepareBatch
 
+from monai_synth.checks import whole
 from monai_synth.data.datalist import read_dataset
 from monai_synth.data.joint import check_value_range, to_joint
 from monai_synth.data.pair_files import read_image, read_label, resize_image, resize_label
@@ -81,8 +82,8 @@ class PairSamplingDataset(torch.utils.data.Dataset):
         process: tuple[int, int] = (0, 1),
         case_prefix: str = "jdm",
     ) -> None:
-        _check_whole("num_samples", num_samples, least=1, example=32)
-        _check_whole("seed", seed, least=0, example=0)
+        whole("num_samples", num_samples)
+        whole("seed", seed, 0)
         self.num_samples = num_samples
         self.condition = condition
         self.image_size = tuple(int(side) for side in image_size)
@@ -342,11 +343,6 @@ def _folder_cases(folders: Mapping[str, Path], dims: int) -> list[dict[str, Any]
         case = {"case_id": name, "source": _OPTIONS[next(iter(files))], "spacing": _file_spacing(first, dims)}
         cases.append(case | {key: str(path) for key, path in files.items()})
     return cases
-
-
-def _check_whole(option: str, value: Any, *, least: int, example: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{option} is {value!r}, allowed are integers from {least}; give --{option} {example}, say")
 
 
 def _check_condition(
