@@ -25,11 +25,7 @@ def class_list(dataset_dir: str, split: str) -> list[dict[str, Any]]:
         UserError: the training split is empty or lacks a class, or see ``read_dataset``.
     """
     dataset = read_dataset(dataset_dir, task="classes")
-    cases = dataset.datalist(split)
-    if not cases and split == "validation":
-        cases = dataset.datalist("training")
-    if not cases:
-        raise UserError(f"split {split!r} of {dataset.root} has no case; prepare it with other --splits")
+    cases = dataset.indexed(split)
     if split == "training":
         there = {case["class"] for case in cases}
         lacking = [name for name, number in dataset.classes.items() if number not in there]
@@ -37,7 +33,7 @@ def class_list(dataset_dir: str, split: str) -> list[dict[str, Any]]:
             got = f"no image of {', '.join(lacking)}" if lacking else f"one class only ({', '.join(dataset.classes)})"
             msg = f"split 'training' of {dataset.root} has {got}; a model that is told the class needs two or more, "
             raise UserError(msg + "each with images: prepare the dataset again with other --classes or --splits")
-    return [{**case, "index": i} for i, case in enumerate(cases)]
+    return cases
 
 
 def some_of(cases: Sequence[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:

@@ -68,6 +68,19 @@ class PreparedDataset:
             cases.append(case)
         return cases
 
+    def indexed(self, split: str) -> list[dict[str, Any]]:
+        """`datalist` with an ``index`` for each case; without validation cases a training validates on its own.
+
+        Raises:
+            UserError: the split has no case, or see `datalist`.
+        """
+        cases = self.datalist(split)
+        if not cases and split == "validation":
+            cases = self.datalist("training")
+        if not cases:
+            raise UserError(f"split {split!r} of {self.root} has no case; prepare it with other --splits")
+        return [{**case, "index": i} for i, case in enumerate(cases)]
+
 
 def read_dataset(dataset_dir: str | Path, *, task: str | None = None) -> PreparedDataset:
     """Read and check ``dataset_dir/dataset.json``.

@@ -36,13 +36,7 @@ def pair_list(dataset_dir: str, split: str) -> list[dict[str, Any]]:
     Raises:
         UserError: the training split is empty, or see ``read_dataset``.
     """
-    dataset = read_dataset(dataset_dir, task="pairs")
-    cases = dataset.datalist(split)
-    if not cases and split == "validation":
-        cases = dataset.datalist("training")
-    if not cases:
-        raise UserError(f"split {split!r} of {dataset.root} has no case; prepare it with other --splits")
-    return [{**case, "index": i} for i, case in enumerate(cases)]
+    return read_dataset(dataset_dir, task="pairs").indexed(split)
 
 
 def num_real(dataset: PreparedDataset) -> int:
