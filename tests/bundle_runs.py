@@ -46,6 +46,11 @@ def run(bundle: str, config: str | list[str], kind: str, run_id: str, **values: 
     return made
 
 
+def places_of(trained: dict[str, str]) -> dict[str, str]:
+    """What sampling takes of the places of a training."""
+    return {key: trained[key] for key in ("dataset_dir", "ckpt_dir")}
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "monai.bundle", "run", *arguments]
 

@@ -14,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BUNDLES, command, kill_when_there, options, run, user_error, workflow
+from bundle_runs import BUNDLES, command, kill_when_there, options, places_of, run, user_error, workflow
 from monai.bundle import verify_net_in_out
 from PIL import Image
 
@@ -86,10 +86,6 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     places = {"dataset_dir": str(dataset), "ckpt_dir": str(root / "models"), "output_dir": str(root / "eval")}
     run("cfg_ddpm", "train.json", "train", "training", **TINY, **places, latest_dir=str(root))
     return places
-
-
-def places_of(trained: dict[str, str]) -> dict[str, str]:
-    return {key: trained[key] for key in ("dataset_dir", "ckpt_dir")}
 
 
 def sample(trained: dict[str, str], out: Path, config: str | list[str] = "inference.json", **values: Any) -> Path:
