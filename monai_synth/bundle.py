@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -274,17 +274,18 @@ def ensure_dataset(
     Args:
         dataset_dir: prepared dataset.
         phantom_dir: where the phantom of this bundle lies.
-        phantom: arguments of the phantom and of its import.
+        phantom: arguments of the phantom ("scans" or "images") and of its import ("import"); for the task "classes"
+            "kind" names it: "xray", which is the default, or "tissue".
         preset: for the log.
         device: for the log.
         task: what the dataset must have been prepared for; "lidc", "pairs" or "classes".
 
     Raises:
-        UserError: see ``monai_synth.data.datalist.read_dataset``.
+        UserError: see ``monai_synth.data.datalist.read_dataset``; there is no phantom of that kind.
     """
     main = is_main()
-    make, what = _PHANTOMS[task]
     if _same(dataset_dir, phantom_dir):
+        make, what = _phantom(task, phantom)
         if main:
             logger.warning(
                 f"NO dataset_dir WAS GIVEN: the built-in {what} phantom is used, which is computed, not measured. "
@@ -332,11 +333,31 @@ def _make_xrays(folder: Path, phantom: Mapping[str, Any]) -> None:
     prepare_classes(source, folder, **{"group_regex": PATIENT_REGEX, **phantom["import"]})
 
 
+def _make_tissue(folder: Path, phantom: Mapping[str, Any]) -> None:
+    from monai_synth.data.classes import prepare_classes
+    from monai_synth.data.phantom_tissue import write_tissue
+
+    source = folder.with_name(f"{folder.name}_source")
+    if not source.is_dir():
+        write_tissue(source, **phantom["images"])
+    prepare_classes(source, folder, **phantom["import"])
+
+
+# The kinds of each task, the default first.
 _PHANTOMS = {
-    "lidc": (_make_thorax, "thorax"),
-    "pairs": (_make_nuclei, "nuclei"),
-    "classes": (_make_xrays, "chest X-ray"),
+    "lidc": {"thorax": (_make_thorax, "thorax")},
+    "pairs": {"nuclei": (_make_nuclei, "nuclei")},
+    "classes": {"xray": (_make_xrays, "chest X-ray"), "tissue": (_make_tissue, "tissue")},
 }
+
+
+def _phantom(task: str, phantom: Mapping[str, Any]) -> tuple[Callable[[Path, Mapping[str, Any]], None], str]:
+    """What makes the phantom that ``phantom`` names, and what it shows."""
+    kinds = _PHANTOMS[task]
+    kind = phantom.get("kind", next(iter(kinds)))
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UserError(f"phantom kind is {kind!r}; give {' or '.join(map(repr, kinds))}, or leave it out")
+    return kinds[kind]
 
 
 def ensure_stages(
