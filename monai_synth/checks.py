@@ -54,6 +54,8 @@ def check_numbers(**values: Any) -> None:
             whole(name, value, _WHOLE[name])
         elif name in _SHARES:
             share(name, value)
+            if name == "ema_decay" and value in (0, 1):
+                raise UserError(f"ema_decay is {value!r}; allowed are shares between 0 and 1, without both")
         elif name == "image_size":
             if not isinstance(value, (list, tuple)) or not value or any(type(side) is not int for side in value):
                 raise UserError(f"image_size is {value!r}; give a list of whole numbers, e.g. --image_size '[64, 64]'")

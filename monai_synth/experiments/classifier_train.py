@@ -102,7 +102,9 @@ def run_job(job: Job) -> dict[str, Any] | None:
 def initial_network(values: Mapping[str, Any], seed: int, mean: list[float], std: list[float]) -> ImageClassifier:
     """The classifier before training: random by the seed, or with published weights and a random last layer."""
     torch.manual_seed(derived_seed(seed, "initial weights"))
-    network = ImageClassifier(values["backbone"], len(values["classes"]), values["image_channels"], mean, std)
+    network = ImageClassifier(
+        values["backbone"], len(values["classes"]), values["image_channels"], mean, std, values["image_size"]
+    )
     if values["weights"] is not None:
         network.load_backbone_weights(values["weights"])
     return network
@@ -353,6 +355,7 @@ def _keep(job: Job, network: ImageClassifier, progress: _Progress) -> None:
         "image_channels": values["image_channels"],
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),
+        "image_size": list(values["image_size"]),
     }
     contract = {
         "classes": dict(values["classes"]),

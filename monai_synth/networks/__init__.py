@@ -9,5 +9,15 @@ from monai_synth.networks.joint_unet import JointUNet
 from monai_synth.networks.noisy_classifier import NoisyClassifier
 from monai_synth.networks.spade import SPADE, pool_semantic
 from monai_synth.networks.spade_unet import SPADEUNet
+from monai_synth.networks.text_unet import TextUNet
 
-__all__ = ["SPADE", "ClassUNet", "ImageClassifier", "JointUNet", "NoisyClassifier", "SPADEUNet", "pool_semantic"]
+__all__ = [
+    "SPADE",
+    "ClassUNet",
+    "ImageClassifier",
+    "JointUNet",
+    "NoisyClassifier",
+    "SPADEUNet",
+    "TextUNet",
+    "pool_semantic",
+]

@@ -18,6 +18,7 @@ from monai.networks.nets import densenet, efficientnet, resnet
 from torch import Tensor, nn
 
 from monai_synth.errors import UserError
+from monai_synth.networks import vit
 
 _SHOWN_KEYS = 3  # keys named in an error message
 
@@ -27,16 +28,23 @@ class _Backbone:
     """How to build a backbone and where its published weights are.
 
     Attributes:
-        build: makes the network with one output, which is then taken off.
+        build: makes the network with one output, which is then taken off; takes the image size where there is a
+            patch.
         head: dotted name of its last layer.
         url: of its ImageNet weights.
         published_name: name in that file of a key of the network.
+        patch: side of the patches of a transformer, which is made for one image size; None of others.
+        fit: makes of that file's tensors and an image size those of the network, by the names in the file.
+        within: key of that file under which the tensors are.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     head: str
     url: str
     published_name: Callable[[str], str]
+    patch: int | None = None
+    fit: Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[str, Tensor]] | None = None
+    within: str | None = None
 
 
 def _resnet(name: str) -> nn.Module:
@@ -87,6 +95,23 @@ BACKBONES: dict[str, _Backbone] = {
         )
         for k in range(8)
     },
+    "vit_b_16": _Backbone(
+        functools.partial(vit.ClassTokenViT, hidden_size=768, num_heads=12),
+        "classification_head",
+        _TORCHVISION + "vit_b_16-c867db91.pth",
+        vit.torchvision_name,
+        patch=vit.PATCH,
+        fit=vit.fit_torchvision,
+    ),
+    "vit_ti_16": _Backbone(
+        functools.partial(vit.ClassTokenViT, hidden_size=192, num_heads=3),
+        "classification_head",
+        "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
+        vit.deit_name,
+        patch=vit.PATCH,
+        fit=vit.fit_deit,
+        within="model",
+    ),
 }
 
 
@@ -99,9 +124,11 @@ class ImageClassifier(nn.Module):
         image_channels: 1 (grey, repeated to 3) or 3.
         mean: of the values of each channel in [0, 1], or one for all.
         std: their standard deviation; more than 0.
+        image_size: H, W of the images, multiples of 16; only the transformers (``vit_...``) need it, the others take
+            any size.
 
     Raises:
-        UserError: unknown backbone, or numbers out of their range.
+        UserError: unknown backbone, numbers out of their range, or a transformer without a size.
     """
 
     def __init__(
@@ -111,6 +138,7 @@ class ImageClassifier(nn.Module):
         image_channels: int = 1,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
@@ -122,7 +150,9 @@ class ImageClassifier(nn.Module):
             msg = f"mean {list(mean)}, std {list(std)}; give 1 or {image_channels} numbers each, std above 0"
             raise UserError(msg)
         self.name, self.num_classes, self.image_channels = backbone, num_classes, image_channels
-        self.backbone = BACKBONES[backbone].build()
+        patch = BACKBONES[backbone].patch
+        self.image_size = None if patch is None else _patched_size(backbone, patch, image_size)
+        self.backbone = BACKBONES[backbone].build(*([] if patch is None else [self.image_size]))
         last = self.backbone.get_submodule(BACKBONES[backbone].head)
         self.backbone.set_submodule(BACKBONES[backbone].head, nn.Identity())
         self.head = nn.Linear(last.in_features, num_classes)
@@ -135,7 +165,7 @@ class ImageClassifier(nn.Module):
         return self.head.in_features
 
     def features(self, x: Tensor) -> Tensor:
-        """Pooled features before the last layer.
+        """Pooled features before the last layer; of a transformer the class token after the last normalisation.
 
         Args:
             x: images (B, C, H, W) in [0, 1].
@@ -146,6 +176,9 @@ class ImageClassifier(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.image_channels:
             msg = f"images of shape {tuple(x.shape)}; this classifier takes (B, {self.image_channels}, H, W)"
             raise UserError(msg)
+        if self.image_size is not None and tuple(x.shape[2:]) != self.image_size:
+            msg = f"images of {list(x.shape[2:])}; this {self.name} was made for {list(self.image_size)}"
+            raise UserError(f"{msg}: resize them, or train one with their size as image_size")
         x = (x - self.mean) / self.std
         return self.backbone(x.expand(-1, 3, -1, -1))
 
@@ -164,19 +197,23 @@ class ImageClassifier(nn.Module):
         """Load published ImageNet weights into all but the last layer.
 
         Args:
-            path: file with the state dict of torchvision's ResNet or DenseNet, or of efficientnet-pytorch.
+            path: file with the state dict of torchvision's ResNet, DenseNet or vit_b_16, of efficientnet-pytorch, or
+                of DeiT-Ti. The positions of a transformer are interpolated to its image size.
 
         Raises:
             UserError: missing, unreadable, or of another network.
         """
         remedy = f"get the weights of {self.name} from {weights_source(self.name)} and give the file's path"
-        published = _read(path, remedy)
-        name_in_file = BACKBONES[self.name].published_name
+        backbone = BACKBONES[self.name]
+        published = _read(path, remedy, backbone.within)
+        if backbone.fit is not None:
+            published = backbone.fit(published, self.image_size)
+        name_in_file = backbone.published_name
         own = self.backbone.state_dict()
         # Old files of DenseNet lack the counters of batches, which nothing here reads.
         wanted = {key: name_in_file(key) for key in own if not key.endswith("num_batches_tracked")}
         wanted_names = set(wanted.values())
-        head = ("fc.", "_fc.", "classifier.")
+        head = ("fc.", "_fc.", "classifier.", "heads.", "head.")
         missing = [name for name in wanted.values() if name not in published]
         reshaped = [
             name for key, name in wanted.items() if name in published and published[name].shape != own[key].shape
@@ -200,7 +237,16 @@ def weights_source(backbone: str) -> str:
     return BACKBONES[backbone].url
 
 
-def _read(path: str | Path, remedy: str) -> Mapping[str, Any]:
+def _patched_size(backbone: str, patch: int, image_size: Sequence[int] | None) -> tuple[int, int]:
+    if image_size is None:
+        raise UserError(f"backbone {backbone} is made for one size of images; give image_size, such as [224, 224]")
+    if len(image_size) != 2 or any(not isinstance(s, int) or s < patch or s % patch for s in image_size):
+        msg = f"image_size is {list(image_size)}; {backbone} takes a height and a width that are multiples of {patch}"
+        raise UserError(f"{msg}: resize the images, or choose another backbone")
+    return image_size[0], image_size[1]
+
+
+def _read(path: str | Path, remedy: str, within: str | None = None) -> Mapping[str, Any]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"there is no weights file {path}; {remedy}")
@@ -209,6 +255,8 @@ def _read(path: str | Path, remedy: str) -> Mapping[str, Any]:
     except Exception as error:  # torch raises several kinds for a damaged or foreign file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"weights file {path} cannot be read ({reason}); {remedy}") from error
+    if within is not None and isinstance(content, Mapping):
+        content = content.get(within, content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"weights file {path} holds no state dict (tensors by name); {remedy}")
     return content
