@@ -22,7 +22,7 @@ from monai_synth.inference.classes import ClassSamplingDataset, collate_classes
 
 CONTRACT = {
     "classes": {"normal": 0, "with fluid": 1}, "image_channels": 1, "image_size": [8, 8], "modality": "X-ray",
-    "intensity": {"kind": "percentiles"},
+    "value_range": [-1, 1], "intensity": {"kind": "percentiles"},
 }  # fmt: skip
 RECORD = {
     "checkpoints": {"model.pt": "0" * 64}, "sampler": "dpm++", "num_steps": 20, "precision": "float32",

@@ -52,6 +52,12 @@ def split_joint(x: Tensor, image_channels: int) -> tuple[Tensor, Tensor]:
     return x[:, :image_channels], x[:, image_channels:]
 
 
+def from_image(image: Tensor, value_range: Sequence[float]) -> Tensor:
+    """uint8 -> float32 of the range; `to_image` takes it back."""
+    low, high = check_value_range(value_range)
+    return low + image.float() * ((high - low) / 255)
+
+
 def to_image(image: Tensor, value_range: Sequence[float]) -> Tensor:
     """Image part (B, C, *S) -> uint8, clipped to the range."""
     low, high = check_value_range(value_range)

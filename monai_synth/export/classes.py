@@ -27,13 +27,12 @@ from ignite.engine import Engine
 
 from monai_synth import __version__
 from monai_synth.atomic import remove_leftovers, write_json
-from monai_synth.data.joint import to_image
+from monai_synth.data.joint import check_value_range, to_image
 from monai_synth.data.pair_files import read_image, write_image
 from monai_synth.errors import UserError
 from monai_synth.export.handler import SampleExport
 from monai_synth.export.nnunet import sanitize_case_id
 from monai_synth.export.run_folder import SETTINGS_FILE, open_run_folder
-from monai_synth.inference.classes import VALUE_RANGE
 from monai_synth.training.pictures import middle_picture, picture_grid
 
 _SHEET = 12  # columns of samples.png
@@ -172,7 +171,8 @@ class ClassExport(SampleExport):
 
     Args:
         output_dir: the folder.
-        contract: of the model: ``classes``, ``image_channels``, ``image_size``, ``modality``, ``intensity``.
+        contract: of the model: ``classes``, ``image_channels``, ``image_size``, ``modality``,
+            ``intensity``, ``value_range``.
         name: of the dataset.
         seed: of the run; a run of another seed does not go on with it, since classes would share noise.
         record: what every provenance line says: ``checkpoints``, ``sampler``, ``num_steps``, ``precision``,
@@ -196,6 +196,7 @@ class ClassExport(SampleExport):
         resume: bool = True,
     ) -> None:
         self.folders = class_folders(contract["classes"])
+        self.value_range = check_value_range(contract["value_range"])
         head = {
             "name": name,
             "modality": contract["modality"],
@@ -218,5 +219,5 @@ class ClassExport(SampleExport):
     def write(self, engine: Engine) -> None:
         """Write the batch that was just sampled."""
         batch, pred = engine.state.batch, engine.state.output["pred"].detach().cpu()
-        for i, image in enumerate(to_image(pred, VALUE_RANGE).numpy()):
+        for i, image in enumerate(to_image(pred, self.value_range).numpy()):
             self.add(batch, i, image)

@@ -13,12 +13,12 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_synth.checks import share, whole
+from monai_synth.data.joint import check_value_range
 from monai_synth.diffusion import alphas_cumprod, clipped_prediction, make_sampler
 from monai_synth.errors import UserError
 from monai_synth.inference.sampler import initial_noise, make_generators, sample
 
 CONVENTIONS = ("scale", "weight")
-VALUE_RANGE = (-1.0, 1.0)
 
 
 def guidance_scale_of(value: float, convention: str = "scale") -> float:
@@ -76,7 +76,8 @@ class ClassInferer(Inferer):
         guidance_interval: (first, last) timesteps between which guidance acts, both included, in either order;
             elsewhere the class is given without guidance (Kynkaanniemi et al. 2024). None is everywhere.
         guidance_rescale: see :func:`guided`, 0 to 1; where only one prediction is computed there is nothing to rescale.
-        clip: keep each predicted x_0 within [-1, 1], as the text's code does.
+        clip: keep each predicted x_0 within ``value_range``, as the text's code does.
+        value_range: of the images that the network was trained on.
 
     Raises:
         UserError: a setting out of range.
@@ -96,6 +97,7 @@ class ClassInferer(Inferer):
         guidance_interval: Sequence[int] | None = None,
         guidance_rescale: float = 0.0,
         clip: bool = True,
+        value_range: Sequence[float] = (-1, 1),
     ) -> None:
         super().__init__()
         self.schedule = dict(schedule)
@@ -106,7 +108,7 @@ class ClassInferer(Inferer):
         self.guidance_scale = guidance_scale_of(guidance_scale, guidance_convention)
         self.guidance_interval = self._interval(guidance_interval)
         self.guidance_rescale = share("guidance_rescale", guidance_rescale)
-        self.clip = clip
+        self.clip, self.value_range = clip, check_value_range(value_range)
         self._scheduler()  # refuse wrong settings before any work
 
     def _interval(self, given: Sequence[int] | None) -> tuple[int, int] | None:
@@ -127,7 +129,7 @@ class ClassInferer(Inferer):
             seeds: one for each image.
 
         Returns:
-            Images (B, C, *S) in [-1, 1] where ``clip``.
+            Images (B, C, *S), in ``value_range`` where ``clip``.
         """
         labels = class_labels.clone()  # tensors made in inference mode are not for other modes
         both = torch.cat([labels, torch.full_like(labels, self.null_class)])
@@ -137,11 +139,11 @@ class ClassInferer(Inferer):
             prediction = self._prediction(network, x_t, t, labels, both)
             if not self.clip:
                 return prediction
-            return clipped_prediction(self.schedule, prediction, x_t, t, VALUE_RANGE, table=self.alphas_cumprod)
+            return clipped_prediction(self.schedule, prediction, x_t, t, self.value_range, table=self.alphas_cumprod)
 
         x_T = initial_noise(self.shape, generators, labels.device)
         x_0 = sample(denoise, x_T, self._scheduler(), generators=generators)
-        return x_0.clamp(*VALUE_RANGE) if self.clip else x_0
+        return x_0.clamp(*self.value_range) if self.clip else x_0
 
     def _prediction(self, network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, both: Tensor) -> Tensor:
         scale, interval = self.guidance_scale, self.guidance_interval

@@ -17,7 +17,7 @@ from torch import nn
 from monai_synth.data.class_images import ClassImages
 from monai_synth.data.joint import split_joint, to_image, to_label
 from monai_synth.data.slices import slice_preprocessing
-from monai_synth.inference.classes import VALUE_RANGE, ClassInferer
+from monai_synth.inference.classes import ClassInferer
 from monai_synth.inference.joint import JointInferer
 from monai_synth.inference.lsdm import LSDMInferer
 from monai_synth.training.handlers import MLflowRun, rank
@@ -191,7 +191,7 @@ class ClassGrid(GridHandler):
     def rows(self) -> Rows:
         labels = torch.tensor([number for number in self.classes.values() for _ in self.seeds], device=self.device)
         x_0 = self.inferer(labels, self.network, seeds=self.seeds * len(self.classes))
-        images = to_image(x_0, VALUE_RANGE).view(len(self.classes), len(self.seeds), *x_0.shape[1:])
+        images = to_image(x_0, self.inferer.value_range).view(len(self.classes), len(self.seeds), *x_0.shape[1:])
         rows = [_pictures(row) for row in images]
         if self.real is not None:
             for number in self.classes.values():

@@ -18,6 +18,7 @@ from monai.engines import PrepareBatch
 from torch import Tensor, nn
 
 from monai_synth.errors import UserError
+from monai_synth.training.classes import PartTarget
 from monai_synth.training.handlers import MLflowRun, rank
 
 PROJECTED = ("expert", "network")
@@ -214,8 +215,12 @@ class AlignedLoss(nn.Module):
         self.weights = tuple(schedule(done) for schedule in self.schedules)
 
     def forward(self, output: AlignedOutput, target: Any) -> Tensor:
-        """The loss as a scalar; its terms without their weights stay in ``terms``."""
-        denoising, alignment = self.denoising(output.prediction, target), 1 - output.cosine.mean()
+        """The loss as a scalar; its terms without their weights stay in ``terms``.
+
+        Where the target tells instances apart (DreamBooth), only these are aligned.
+        """
+        denoising, apart = self.denoising(output.prediction, target), 1 - output.cosine
+        alignment = target.of_instances(apart) if isinstance(target, PartTarget) else apart.mean()
         self.terms = {"denoising_loss": denoising.detach(), "alignment_loss": alignment.detach()}
         w1, w2 = self.weights
         # with w2 = 0 the gradients get zeros added, which leaves every bit as it is and every process in step

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from monai_synth.checks import whole
+from monai_synth.data.joint import check_value_range, from_image
 from monai_synth.diffusion import add_noise, training_target
 from monai_synth.errors import UserError
 from monai_synth.training.pairs import IterationSampler
@@ -32,6 +33,22 @@ def denoising_loss(name: str) -> nn.Module:
     if name not in LOSSES:
         raise UserError(f"unknown loss {name!r}; allowed are {', '.join(LOSSES)}")
     return LOSSES[name]()
+
+
+class PartTarget(NamedTuple):
+    """Target of a loss that tells two kinds of items apart.
+
+    Attributes:
+        target: of every item (B, ...).
+        instance: bool (B,), the items that the network is fine-tuned to.
+    """
+
+    target: Tensor
+    instance: Tensor
+
+    def of_instances(self, values: Tensor) -> Tensor:
+        """Mean over the instances of values (B,) where they are half of the batch."""
+        return 2 * torch.where(self.instance, values, 0).mean()
 
 
 def iterations_for(num_cases: int, batch_size: int, num_processes: int = 1) -> int:
@@ -84,9 +101,17 @@ def class_sampler(
     return BalancedSampler([case["class"] for case in cases], num_samples, **options)
 
 
-def to_pm1(image: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]; the X-ray text's code maps [0, 1] to [-1, 1]."""
-    return image.float() / 127.5 - 1
+def flipped_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ready batch whose images are turned over, each along each of its axes or not, equally likely.
+
+    A collate function, so that everything that is computed of the batch sees the same image. It draws from torch's
+    global generator.
+    """
+    image = batch["image"]
+    for axis in range(2, image.ndim):
+        turned = (torch.rand(len(image)) < 0.5).view(-1, *[1] * (image.ndim - 1))
+        image = torch.where(turned, image.flip(axis), image)
+    return {**batch, "image": image}
 
 
 class ClassDiffusionPrepareBatch(NoisyPrepareBatch):
@@ -98,13 +123,21 @@ class ClassDiffusionPrepareBatch(NoisyPrepareBatch):
         schedule: noise schedule.
         null_class: the number that stands for no class.
         drop_prob: share of the classes that are dropped (Ho and Salimans 2022, Alg 1).
+        value_range: of the images that the network sees, [-1, 1] or [0, 1].
         seed: see :class:`NoisyPrepareBatch`.
     """
 
     def __init__(
-        self, schedule: Mapping[str, Any], *, null_class: int, drop_prob: float, seed: int | None = None
+        self,
+        schedule: Mapping[str, Any],
+        *,
+        null_class: int,
+        drop_prob: float,
+        value_range: Sequence[float] = (-1, 1),
+        seed: int | None = None,
     ) -> None:
         super().__init__(schedule, seed=seed)
+        self.value_range = check_value_range(value_range)
         self.dropout = ConditionDropout(drop_prob, null_class, seed=seed)
 
     def __call__(
@@ -114,7 +147,7 @@ class ClassDiffusionPrepareBatch(NoisyPrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
-        x_0 = to_pm1(batchdata["image"].to(device, non_blocking=non_blocking))
+        x_0 = from_image(batchdata["image"].to(device, non_blocking=non_blocking), self.value_range)
         t, (eps,) = self.draw(x_0.shape, batchdata["index"], 1)
         t, eps = t.to(x_0.device), eps.to(x_0)
         labels = self.dropout(batchdata["class"], batchdata["index"]).to(x_0.device)
@@ -137,6 +170,7 @@ class ClassReport:
         loss: of prediction and target.
         num_classes: K; the null class is number K.
         device: where to compute.
+        has_null: whether the network has a null class; else the second loss is left out.
     """
 
     def __init__(
@@ -148,28 +182,33 @@ class ClassReport:
         *,
         num_classes: int,
         device: str,
+        has_null: bool = True,
     ) -> None:
         self.network, self.batches, self.prepare, self.loss = network, batches, prepare, loss
-        self.num_classes, self.device = num_classes, device
+        self.num_classes, self.device, self.has_null = num_classes, device, has_null
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """``n``, ``class_loss``, ``null_loss``, ``wrong_class_loss``."""
+        """``n``, ``class_loss``, ``wrong_class_loss``, and ``null_loss`` where there is a null class."""
         training = self.network.training
         self.network.eval()
-        sums, n = torch.zeros(3, dtype=torch.float64), 0
+        sums, n = dict.fromkeys(("class_loss", *["null_loss"] * self.has_null, "wrong_class_loss"), 0.0), 0
         for batch in self.batches:
             x_t, target, _, given = self.prepare(batch, self.device)
             labels, t = given["class_labels"], given["timesteps"]
-            told = (labels, torch.full_like(labels, self.num_classes), (labels + 1) % self.num_classes)
-            losses = [self.loss(self.network(x_t, t, class_labels=k), target) for k in told]
-            sums += len(labels) * torch.stack(losses).double().cpu()
+            told = {
+                "class_loss": labels,
+                "null_loss": torch.full_like(labels, self.num_classes),
+                "wrong_class_loss": (labels + 1) % self.num_classes,
+            }
+            for name in sums:
+                sums[name] += len(labels) * float(self.loss(self.network(x_t, t, class_labels=told[name]), target))
             n += len(labels)
         self.network.train(training)
-        names = ("class_loss", "null_loss", "wrong_class_loss")
-        report = {"n": n} | dict(zip(names, (sums / n).tolist(), strict=True))
+        report = {"n": n} | {name: total / n for name, total in sums.items()}
+        none = f"told none {report['null_loss']:.4f}, " if self.has_null else ""
         logger.info(
-            f"validation loss told the class {report['class_loss']:.4f}, told none {report['null_loss']:.4f}, "
+            f"validation loss told the class {report['class_loss']:.4f}, {none}"
             f"told another {report['wrong_class_loss']:.4f} (n {n} images)"
         )
         if report["class_loss"] >= report["wrong_class_loss"]:
