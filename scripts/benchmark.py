@@ -7,7 +7,7 @@
     python scripts/benchmark.py --pairs FOLDER LABEL    # import of SRC/images and SRC/masks
     python scripts/benchmark.py --first-command lsdm    # train.json of a bundle on its phantom (minutes)
     python scripts/benchmark.py --class-model FOLDER    # sampling with a trained model of cfg_ddpm, 20 and 500 steps
-    python scripts/benchmark.py --alignment             # training step of cfg_ddpm at 64 x 64, plain and aligned
+    python scripts/benchmark.py --alignment             # training step of cfg_ddpm and of fad, plain and aligned
 
 Times are process times (all threads of this process and of its children), on a GPU with the wait for it, medians of
 interleaved rounds; on a shared machine quote ratios. Nothing here is a test: machines differ.
@@ -16,6 +16,7 @@ interleaved rounds; on a shared machine quote ratios. Nothing here is a test: ma
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
 import subprocess
@@ -165,9 +166,27 @@ def class_sampling(ckpt_dir: Path, *, num_images: int = 500, batch: int = 50, de
     )
 
 
-def alignment(preset: str, backbone: str, *, size: int = 64, batch: int = 4, device: str) -> None:
-    """A training step of cfg_ddpm's network, plain and with an expert that sees the noisy images at their size."""
-    from monai_synth.networks import ClassUNet, ImageClassifier
+def _class_network(bundle: str, preset: str, size: int) -> tuple[torch.nn.Module, str]:
+    """The network of a bundle whose images have classes, and the layer that it aligns."""
+    from monai_synth.networks import ClassUNet, TextUNet
+
+    torch.manual_seed(0)
+    if bundle == "cfg_ddpm":
+        sizes = {
+            "demo": {"base_channels": 32, "channel_mult": (1, 2, 2), "num_res_blocks": 1},
+            "paper": {"base_channels": 64, "channel_mult": (1, 2, 4), "num_res_blocks": 2},
+        }[preset]
+        return ClassUNet(2, 1, 8, (size, size), **sizes), "middle_block"
+    settings = json.loads((ROOT / "bundles" / "fad" / "configs" / "train.json").read_text())["presets"][preset]
+    keys = ("block_out_channels", "cross_attention", "cross_attention_dim", "attention_head_dim", "norm_num_groups")
+    network = TextUNet(1, 8, (size, size), text_dim=settings["text_dim"], **{key: settings[key] for key in keys})
+    network.set_text_features(torch.randn(8, settings["text_dim"]))
+    return network, "unet.down_blocks.2"
+
+
+def alignment(bundle: str, preset: str, backbone: str, *, size: int = 64, batch: int = 4, device: str) -> None:
+    """A training step of a network, plain and with an expert that sees the noisy images at their size."""
+    from monai_synth.networks import ImageClassifier
     from monai_synth.training import (
         AlignedLoss,
         AlignedNetwork,
@@ -176,20 +195,16 @@ def alignment(preset: str, backbone: str, *, size: int = 64, batch: int = 4, dev
         Expert,
     )
 
-    sizes = {
-        "demo": {"base_channels": 32, "channel_mult": (1, 2, 2), "num_res_blocks": 1},
-        "paper": {"base_channels": 64, "channel_mult": (1, 2, 4), "num_res_blocks": 2},
-    }[preset]
-    torch.manual_seed(0)
     expert = Expert(ImageClassifier(backbone, 8, 1), value_range=[-1, 1], device=device)
-    network = ClassUNet(2, 1, 8, (size, size), **sizes).to(device)
+    network, layer = _class_network(bundle, preset, size)
+    network = network.to(device)
     t = torch.zeros(1, dtype=torch.long)
     aligned = AlignedNetwork(
-        ClassUNet(2, 1, 8, (size, size), **sizes), layer="middle_block", num_features=expert.num_features,
+        network, layer=layer, num_features=expert.num_features,
         example={"x": torch.zeros(1, 1, size, size), "timesteps": t, "class_labels": t},
     ).to(device)  # fmt: skip
     schedule = {"num_train_timesteps": 500, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-    prepare = ClassDiffusionPrepareBatch(schedule, null_class=8, drop_prob=0.2)
+    prepare = ClassDiffusionPrepareBatch(schedule, null_class=8, drop_prob=0.0)
     ways = {
         "plain": (network, torch.nn.MSELoss(), prepare),
         "aligned": (aligned, AlignedLoss(torch.nn.MSELoss()), AlignedPrepareBatch(prepare, expert, image_channels=1)),
@@ -209,7 +224,7 @@ def alignment(preset: str, backbone: str, *, size: int = 64, batch: int = 4, dev
 
     times = interleaved({name: (lambda name=name: step(name)) for name in ways}, rounds=7)
     print(
-        f"training step of cfg_ddpm ({preset}), {size} x {size}, batch {batch}, {device}: plain {times['plain']:.3f} s,"
+        f"training step of {bundle} ({preset}), {size} x {size}, batch {batch}, {device}: plain {times['plain']:.3f} s,"
         f" aligned with {backbone} {times['aligned']:.3f} s, {100 * (times['aligned'] / times['plain'] - 1):+.0f} %"
     )
 
@@ -284,9 +299,10 @@ def main() -> None:
     if arguments.class_model:
         class_sampling(arguments.class_model, device=arguments.device)
     if arguments.alignment:
-        for preset in ("demo", "paper"):
-            for backbone in ("resnet18", "resnet50"):
-                alignment(preset, backbone, device=arguments.device)
+        for bundle in ("cfg_ddpm", "fad"):
+            for preset in ("demo", "paper"):
+                for backbone in ("resnet18", "resnet50"):
+                    alignment(bundle, preset, backbone, device=arguments.device)
     chosen = ("lidc", "xml_zip", "pairs", "first_command", "class_model", "alignment")
     if not any(vars(arguments)[key] for key in chosen):
         spade_cache("demo", 8)
