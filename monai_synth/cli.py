@@ -83,6 +83,10 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         from monai_synth.data.phantom_xray import write_xrays
 
         write_xrays(arguments.out, seed=arguments.seed, **values)
+    elif arguments.kind == "tissue":
+        from monai_synth.data.phantom_tissue import write_tissue
+
+        write_tissue(arguments.out, seed=arguments.seed, **values)
     else:
         from monai_synth.data.phantom import write_phantom
 
@@ -90,7 +94,7 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
 
 
 _PHANTOM_KIND = dict.fromkeys(("patients", "slices", "matrix", "workers"), ("lidc",))
-_PHANTOM_KIND |= dict.fromkeys(("images", "size"), ("nuclei", "xray"))
+_PHANTOM_KIND |= dict.fromkeys(("images", "size"), ("nuclei", "xray", "tissue"))
 _PHANTOM_PARAMETER = {
     "patients": "num_patients",
     "slices": "num_slices",
@@ -125,11 +129,7 @@ def _evaluate_fidelity(arguments: argparse.Namespace) -> None:
 def _experiment_nnunet(arguments: argparse.Namespace) -> int:
     from monai_synth.experiments.nnunet import Settings, run_experiment
 
-    given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if hasattr(arguments, name)}
-    outcome = run_experiment(
-        Settings(**{name: value for name, value in given.items() if value is not None}),
-        report=lambda text: print(text, flush=True),
-    )
+    outcome = run_experiment(_settings(Settings, arguments), report=_say)
     if outcome.failed or outcome.skipped:
         names = ", ".join(outcome.failed)
         text = f"{len(outcome.failed)} jobs failed ({names}), {len(outcome.skipped)} that need them were skipped"
@@ -141,11 +141,29 @@ def _experiment_nnunet(arguments: argparse.Namespace) -> int:
 def _experiment_classifier(arguments: argparse.Namespace) -> None:
     from monai_synth.experiments.classifier import Settings, run_experiment
 
-    given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if hasattr(arguments, name)}
-    run_experiment(
-        Settings(**{name: value for name, value in given.items() if value is not None}),
-        report=lambda text: print(text, flush=True),
-    )
+    run_experiment(_settings(Settings, arguments), report=_say)
+
+
+def _experiment_expert(arguments: argparse.Namespace) -> None:
+    from monai_synth.experiments.expert import Settings, run_experiment
+
+    run_experiment(_settings(Settings, arguments), report=_say)
+
+
+def _experiment_alignment(arguments: argparse.Namespace) -> None:
+    from monai_synth.experiments.alignment import Settings, run_experiment
+
+    run_experiment(_settings(Settings, arguments), report=_say)
+
+
+def _settings(kind: type, arguments: argparse.Namespace) -> Any:
+    """An experiment's settings: what was given under their names, and their own defaults."""
+    given = {name: getattr(arguments, name, None) for name in kind.__dataclass_fields__}
+    return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,9 +272,10 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
     phantom = sources.add_parser(
         "phantom",
-        help="artificial data to try out: thorax CT in the form of LIDC-IDRI, stained nuclei, or chest X-rays",
+        help="artificial data to try out: thorax CT in the form of LIDC-IDRI, stained nuclei, chest X-rays, or tissue",
         description="Write DICOM series of artificial chests with the XML of four readers, pictures of stained "
-        "tissue with the masks of their nuclei, or chest X-rays in a folder for each class, normal and pneumonia.",
+        "tissue with the masks of their nuclei, or grey pictures in a folder for each class: chest X-rays, normal and "
+        "pneumonia, or histology tiles, tumor, stroma, lympho and adipose.",
     )
     phantom.set_defaults(call=_prepare_phantom)
     phantom.add_argument(
@@ -264,19 +283,21 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     phantom.add_argument(
         "--kind",
-        choices=("lidc", "nuclei", "xray"),
+        choices=("lidc", "nuclei", "xray", "tissue"),
         default="lidc",
-        help="what to compute: CT for prepare lidc, pictures and masks for prepare pairs, or X-rays of two classes "
-        r"for prepare classes, best with --group-regex '(p\d+)_\d+$' (default: %(default)s)",
+        help="what to compute: CT for prepare lidc, pictures and masks for prepare pairs, X-rays of two classes "
+        r"for prepare classes, best with --group-regex '(p\d+)_\d+$', or tissue of four classes for prepare classes "
+        "(default: %(default)s)",
     )
     for option, text in {
         "--patients": "lidc: patients; 1 to 9999 (default: 24)",
         "--slices": "lidc: slices of 2.5 mm per patient; 4 to 80 (default: 24)",
         "--matrix": "lidc: rows and columns of a slice; pixels, 64 to 512 (default: 256)",
         "--workers": "lidc: processes; 1 or more (default: one per CPU core)",
-        "--images": "nuclei: pictures; 1 to 99999 (default: 40); xray: 4 to 99999 (default: 600)",
-        "--size": "nuclei: rows and columns of a picture; pixels, 32 to 2048 (default: 128); xray: 16 to 1024 "
-        "(default: 64)",
+        "--images": "nuclei: pictures; 1 to 99999 (default: 40); xray: 4 to 99999 (default: 600); "
+        "tissue: 4 to 99999 (default: 800)",
+        "--size": "nuclei: rows and columns of a picture; pixels, 32 to 2048 (default: 128); xray and "
+        "tissue: 16 to 1024 (default: 64)",
     }.items():
         phantom.add_argument(option, type=int, metavar="N", help=text)
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="of everything in it; 0 or more (default: 0)")
@@ -642,6 +663,118 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
             "resumes a stopped experiment.",
         )
     )
+    _add_experiment_expert(
+        experiments.add_parser(
+            "expert",
+            help="generated classes judged by a trained classifier: baseline, aligned and other models",
+            description="Sample images of each class from every model, all from the same noise, and let a trained "
+            "classifier say what they show: accuracy over seeds, confusion, similarity, paired tests. The same command "
+            "resumes a stopped experiment; more seeds, further arms and other experts go into the same folder.",
+        )
+    )
+    _add_experiment_alignment(
+        experiments.add_parser(
+            "alignment",
+            help="feature alignment with several weights: trainings and the expert's judgement",
+            description="Train the bundle fad without alignment and with each of the weights, sample all models from "
+            "the same noise and let trained classifiers judge them. The same command resumes a stopped experiment.",
+        )
+    )
+
+
+def _add_experiment_alignment(alignment: argparse.ArgumentParser) -> None:
+    alignment.set_defaults(call=_experiment_alignment)
+    add = alignment.add_argument
+    add("--expert", required=True, metavar="FILE", help="trained classifier that steers the trainings, and judges")
+    add("--second-expert", metavar="FILE", help="another one, which only judges (default: none)")
+    add("--real", required=True, metavar="DIR", help="dataset of monai-synth prepare classes to train on")
+    add("--out", required=True, metavar="OUT", help="folder to write; sweep.csv, sweep.png and compared/ go there")
+    add("--bundle", metavar="DIR", help="folder of the bundle fad (default: bundles/fad)")
+    add("--w1", type=float, nargs="+", metavar="W", help="weights of the denoising loss; 0 or more (default: 1)")
+    add(
+        "--w2",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="weights of the alignment; 0 or more; the baseline, 0, always comes with them (default: 0.5 1 2)",
+    )
+    add("--align-on", nargs="+", metavar="WHAT", help="what the expert sees: noisy, clean, or both (default: noisy)")
+    add("--trainings", type=int, metavar="N", help="of each setting, with other seeds; 1 or more (default: 1)")
+    add(
+        "--set",
+        dest="options",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="further keys of the bundle's training, such as preset=demo max_epochs=5 (default: none)",
+    )
+    add("--seeds", type=int, metavar="N", help="repetitions of the sampling with other noise; 1 to 4000 (default: 5)")
+    add("--per-class", type=int, metavar="N", help="images of each class for each seed; 2 to 1000 (default: 10)")
+    add("--exclude", nargs="+", metavar="CLASS", help="classes that are neither sampled nor answers (default: none)")
+    add("--num-steps", type=int, metavar="N", help="calls of the network for an image; 1 or more (default: 20)")
+    add("--device", choices=("cpu", "cuda"), help="where to run (default: a GPU where there is one)")
+    add("--bootstrap", dest="num_bootstrap", type=int, metavar="N", help="resamplings; 1 or more (default: 2000)")
+    add("--show-real", action="store_true", help="put real training images into the page (default: none)")
+
+
+def _add_experiment_expert(expert: argparse.ArgumentParser) -> None:
+    expert.set_defaults(call=_experiment_expert)
+    add = expert.add_argument
+    add("--expert", required=True, metavar="FILE", help="trained classifier, as train_expert.json of bundle fad writes")
+    add("--second-expert", metavar="FILE", help="another one, best one that steered no training (default: none)")
+    add("--real", required=True, metavar="DIR", help="dataset of monai-synth prepare classes that the models are of")
+    add(
+        "--models",
+        required=True,
+        nargs="+",
+        type=_named_files,
+        metavar="NAME=FILE[,FILE...]",
+        help="arms to compare: files of trained models of bundles fad or cfg_ddpm, or folders with model.pt; several "
+        "files are several trainings of the arm, compared in the order in which they are given",
+    )
+    add("--out", required=True, metavar="OUT", help="folder to write; results.json, results.csv, report.html go there")
+    add("--baseline", metavar="NAME", help="arm that the others are compared with (default: the first)")
+    for option, default, text in (
+        ("--seeds", 15, "repetitions with other noise; 1 to 4000"),
+        ("--per-class", 10, "images of each class for each seed; 2 to 1000, with --mean-filter to 50"),
+    ):
+        add(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    names = {"nargs": "+", "default": (), "metavar": "CLASS"}
+    add(
+        "--exclude",
+        **names,
+        help="classes that are neither sampled nor answers; the text leaves out empty (default: none)",
+    )
+    add(
+        "--only",
+        **names,
+        help="sample these classes only, the others stay answers; for DreamBooth its class (default: all)",
+    )
+    add(
+        "--mean-filter",
+        action="store_true",
+        help="draw images again, at most 19 times, whose mean is more than 0.1 below that of the real ones of their "
+        "class, as the text's code does and the text does not say (default: keep all)",
+    )
+    add("--sampler", default="dpm++", help="dpm++, ddim, unipc, or ddpm as in the text (default: %(default)s)")
+    add("--num-steps", type=int, metavar="N", help="calls of the network; 1 or more (default: 20; ddpm: all)")
+    add(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="of classifier-free guidance, for models that learned without class; 1 is none (default: 1)",
+    )
+    add("--batch-size", type=int, metavar="N", help="images at once; 1 or more (default: 64; 256 on a GPU)")
+    add("--device", choices=("cpu", "cuda"), help="where to run (default: a GPU where there is one)")
+    add(
+        "--bootstrap",
+        dest="num_bootstrap",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="resamplings for the intervals; 1 or more (default: %(default)s)",
+    )
+    add("--show-real", action="store_true", help="put real training images into the page (default: none)")
 
 
 def _add_classifier(classifier: argparse.ArgumentParser) -> None:
@@ -693,7 +826,11 @@ def _add_classifier(classifier: argparse.ArgumentParser) -> None:
         help="further rows: real images for as many steps as the synthetic pretraining takes, then as the others "
         "(default: none)",
     )
-    add("--backbone", metavar="NAME", help="resnet18, 34, 50, densenet121, efficientnet-b0, ... (default: resnet18)")
+    add(
+        "--backbone",
+        metavar="NAME",
+        help="resnet18, 50, densenet121, efficientnet-b0, vit_ti_16, ... (default: resnet18)",
+    )
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (default: train from scratch)")
     for option, kind, text in (
         ("--epochs", int, "of every training; 1 or more (default: 20; demo: 8)"),
@@ -762,6 +899,13 @@ def _named_folder(text: str) -> tuple[str, str]:
     if not folder or not name.replace("-", "").replace("_", "").isalnum():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with letters, digits, '-' and '_' in NAME")
     return name, folder
+
+
+def _named_files(text: str) -> tuple[str, tuple[str, ...]]:
+    name, _, files = text.partition("=")
+    if not name or not all(files.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE or NAME=FILE,FILE")
+    return name, tuple(files.split(","))
 
 
 def _image_size(text: str) -> int:

@@ -217,6 +217,8 @@ def test_every_option_says_its_default_and_every_number_its_range() -> None:
         "evaluate fidelity",
         "experiment nnunet",
         "experiment classifier",
+        "experiment expert",
+        "experiment alignment",
     }
     for parser in parsers:
         parser.format_help()  # a stray % would raise here
