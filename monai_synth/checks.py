@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that users give, checked by name before any work: whole ones, shares, and positive ones."""
+"""Numbers and devices that users give, checked by name before any work."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ def share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise UserError(f"{name} is {value!r}; allowed are shares from 0 to 1")
     return float(value)
+
+
+def chosen_device(device: str | None) -> str:
+    """The device asked for, "cpu" or "cuda"; None is a GPU where there is one.
+
+    Raises:
+        UserError: another word, or no GPU.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    device = device or ("cuda" if there else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r}; allowed are cpu and cuda")
+    if device == "cuda" and not there:
+        raise UserError("device cuda, but PyTorch finds no GPU here; use --device cpu, or a build of PyTorch with CUDA")
+    return device
 
 
 def check_numbers(**values: Any) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from monai_synth.checks import chosen_device
 from monai_synth.errors import UserError
 from monai_synth.evaluate import features as door
 from monai_synth.evaluate import similarity
@@ -98,7 +99,7 @@ def evaluate_fidelity(settings: Settings, *, report: Callable[[str], object] = p
         raise UserError(msg)
     out = Path(settings.out).expanduser().absolute()
     check_report(out, overwrite=settings.overwrite)
-    device = _device(settings.device)
+    device = torch.device(chosen_device(settings.device))
     sets, warnings = read_sets(
         settings.real, settings.synthetic, settings.control, max_images=settings.max_images, seed=settings.seed
     )
@@ -175,14 +176,6 @@ def console_lines(content: Mapping[str, Any]) -> list[str]:
             interval = "[{:.4g}, {:.4g}]".format(*number["ci"]) if number["ci"] else "no interval"
             lines.append(f"  {key:<18} {number['value']:.4g}  {interval}  n={n}")
     return lines + [f"warning: {text}" for text in content["warnings"]]
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here; give --device cpu")
-    return torch.device(name)
 
 
 def _extractors(settings: Settings, device: torch.device) -> list[door.Extractor]:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from monai_synth.checks import chosen_device
 from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
 from monai_synth.experiments.classifier_rows import Row, all_rows, chosen_rows
@@ -263,24 +264,12 @@ def _checked(settings: Settings) -> dict[str, Any]:
         path = Path(settings.weights).expanduser().absolute()
         values["weights"] = str(path)
         values["weights_sha256"] = sha256_of(path) if path.is_file() else None  # `_require_network` tells what is wrong
-    values["device"] = _device(settings.device)
+    values["device"] = chosen_device(settings.device)
     if settings.workers is None:
         values["workers"] = 1 if values["device"] == "cuda" else min(_MOST_WORKERS, os.cpu_count() or 1)
     else:
         values["workers"] = worker_count(settings.workers)
     return values
-
-
-def _device(device: str | None) -> str:
-    import torch
-
-    there = torch.cuda.is_available()
-    device = device or ("cuda" if there else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r}; allowed are cpu and cuda")
-    if device == "cuda" and not there:
-        raise UserError("device cuda, but PyTorch finds no GPU here; use --device cpu, or a build of PyTorch with CUDA")
-    return device
 
 
 def _positive(name: str | None, classes: dict[str, int]) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from monai_synth.checks import check_numbers
+from monai_synth.checks import check_numbers, chosen_device
 from monai_synth.errors import UserError
 from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
 from monai_synth.experiments.record import record_settings
@@ -87,11 +87,10 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     """
     from monai_synth.experiments import expert_sampling as sampling
     from monai_synth.experiments import expert_source as source
-    from monai_synth.experiments.classifier import _device
     from monai_synth.experiments.expert_real import RealImages
     from monai_synth.experiments.expert_report import Comparison, write_results
 
-    device = _device(settings.device)
+    device = chosen_device(settings.device)
     batch_size = _BATCH_SIZE[device] if settings.batch_size is None else settings.batch_size
     check_numbers(batch_size=batch_size, **({} if settings.num_steps is None else {"num_steps": settings.num_steps}))
     if settings.num_bootstrap < 1:

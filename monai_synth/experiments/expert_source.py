@@ -130,7 +130,7 @@ def read_judges(paths: Sequence[str | None], model: Model) -> list[Judge]:
         option = "--" + name.replace(" ", "-")
         file = Path(path).expanduser().absolute()
         content = load_file(file, stage=EXPERT_STAGE, option=option)
-        contract = content["contract"]
+        contract = {**(content.get("report") or {}), **content["contract"]}
         remedy = f"Give one that was trained on the images of these models ({option})."
         _require_same(
             contract, model.contract, ("classes", "image_channels"), f"{name} {file} with {model.path}", remedy

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_synth.atomic import write_json
+from monai_synth.checks import chosen_device
 from monai_synth.errors import UserError
 from monai_synth.experiments import nnunet_sets as sets
 from monai_synth.experiments.nnunet_jobs import Markers, Outcome, Task, locked, run_tasks
@@ -244,13 +245,9 @@ def _checked(settings: Settings) -> tuple[Settings, dict[str, Any]]:
 def _device(device: str | None, num_gpus: int) -> dict[str, Any]:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = device or ("cuda" if count else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r}; allowed are cpu and cuda")
-    if device == "cuda" and not count:
-        raise UserError("device cuda, but PyTorch finds no GPU here; use --device cpu, or a build of PyTorch with CUDA")
-    if num_gpus > (count if device == "cuda" else 1):
+    device = chosen_device(device)
+    count = torch.cuda.device_count() if device == "cuda" else 0
+    if num_gpus > max(count, 1):
         raise UserError(f"{num_gpus} GPUs asked for, {count} here for device {device}; give fewer (--num-gpus)")
     return {"device": device}
 
