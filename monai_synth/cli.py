@@ -762,7 +762,7 @@ def _add_experiment_expert(expert: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="S",
-        help="of classifier-free guidance, for models that learned without class; 1 is none (default: 1)",
+        help="of classifier-free guidance, for models that learned without class; 0 or more, 1 is none (default: 1)",
     )
     add("--batch-size", type=int, metavar="N", help="images at once; 1 or more (default: 64; 256 on a GPU)")
     add("--device", choices=("cpu", "cuda"), help="where to run (default: a GPU where there is one)")
