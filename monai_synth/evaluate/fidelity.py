@@ -112,7 +112,7 @@ def evaluate_fidelity(settings: Settings, *, report: Callable[[str], object] = p
             warnings.append(f"the {extractor.title} was trained on another dataset than the one given as --real")
     if not extractors:
         warnings.append("no distance of distributions: give --inception (FID, KID) or --extractor for one")
-    warnings += _mixes(sets)
+    warnings += _mixes(sets, settings.per_class)
     cache = Path(settings.cache).expanduser() if settings.cache else out / "features"
     features = {extractor.key: _features(sets, extractor, cache, settings.batch_size) for extractor in extractors}
     classes = [None, *(_classes(sets) if settings.per_class else ())]
@@ -261,7 +261,7 @@ def _classes(sets: Mapping[str, ImageSet]) -> list[str]:
     return sorted({name for key, image_set in sets.items() if key != "control" for name in image_set.labels})
 
 
-def _mixes(sets: Mapping[str, ImageSet]) -> list[str]:
+def _mixes(sets: Mapping[str, ImageSet], per_class: bool) -> list[str]:
     """Warnings where two sets hold the classes in other shares: part of their distance is just that."""
     shares = {
         key: {name: len(sets[key].of_class(name)) / len(sets[key]) for name in _classes(sets)}
@@ -278,4 +278,5 @@ def _mixes(sets: Mapping[str, ImageSet]) -> list[str]:
     if not off:
         return []
     text = f"the synthetic set holds the classes in other shares than the real ones: {', '.join(off)}; part of the "
-    return [text + "distances is this mix, --per-class compares each class by itself"]
+    remedy = "the classes stand by themselves below" if per_class else "--per-class compares each class by itself"
+    return [text + "distances is this mix, " + remedy]
