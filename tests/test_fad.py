@@ -354,7 +354,7 @@ def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(
     whole, killed = (places_in(tmp_path / name, dataset) for name in ("whole", "killed"))
     values = {"expert": str(expert), "max_epochs": 4}
     expected = train(whole, **values)
-    arguments = options(TINY | killed | values)
+    arguments = options(TINY | killed | values | {"cross_attention": "[False, True]"})  # Python's words, not JSON's
     last = Path(killed["ckpt_dir"]) / "last_model.pt"
     kill_when_there(command("training", "--config_file", str(CONFIGS / "train.json"), *arguments), last)
     found = train(killed, **values)

@@ -366,3 +366,8 @@ def test_it_runs_without_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["torch.Size([1,", "1,", "16,", "16])"], result.stderr
+
+
+def test_words_that_are_no_truth_values_are_refused_for_levels() -> None:
+    with pytest.raises(UserError, match="True or False"):
+        TextUNet(1, 2, (16, 16), block_out_channels=(8, 16), cross_attention=["false", "true"], norm_num_groups=4)

@@ -247,6 +247,9 @@ def _check_levels(
     if len(channels) != len(cross_attention) or not channels:
         msg = f"block_out_channels {list(channels)} and cross_attention {list(cross_attention)} differ in length"
         raise UserError(f"{msg}; give one of each for every level")
+    if not all(isinstance(on, bool) for on in cross_attention):
+        msg = f"cross_attention is {list(cross_attention)}; give True or False for every level"
+        raise UserError(f'{msg}, on the command line as "[False, True]"')
     factor = 2 ** (len(channels) - 1)
     if len(image_size) != 2 or any(not isinstance(s, int) or s < 1 or s % factor for s in image_size):
         msg = f"image_size is {list(image_size)}; with {len(channels)} levels give a height and a width"
