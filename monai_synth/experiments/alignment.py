@@ -265,7 +265,7 @@ def _write(out: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def sweep_png(lines: Sequence[Mapping[str, Any]]) -> bytes:
     """Accuracy and similarity against w2, a line for each expert, w1 and what the expert saw."""
-    from monai_synth.experiments.page import new_figure, png
+    from monai_synth.figures import new_figure, png
 
     figure = new_figure(9.5, 3.4)
     accuracy, ssim = figure.subplots(1, 2)

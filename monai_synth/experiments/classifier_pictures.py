@@ -10,7 +10,7 @@ import numpy as np
 
 from monai_synth.data.pair_files import read_image
 from monai_synth.experiments.classifier_sets import Source
-from monai_synth.experiments.page import new_figure, png
+from monai_synth.figures import new_figure, png
 
 _COLUMNS = 10
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from monai_synth.experiments.expert_source import REAL
-from monai_synth.experiments.page import new_figure, png
+from monai_synth.figures import new_figure, png
 
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _REAL_COLOUR = "#999999"

@@ -23,8 +23,9 @@ from monai_synth.experiments.nnunet_jobs import Markers, Outcome
 from monai_synth.experiments.nnunet_pictures import disagreement_png
 from monai_synth.experiments.nnunet_sets import TestSet
 from monai_synth.experiments.nnunet_text import reported_html
-from monai_synth.experiments.page import image_html, new_figure, page, png, settings_html
+from monai_synth.experiments.page import image_html, page, settings_html
 from monai_synth.export.provenance import package_versions
+from monai_synth.figures import new_figure, png
 
 NAMES = {
     "real": "real only",

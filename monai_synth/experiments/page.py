@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any
 
 _STYLE = (
     "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}"
@@ -47,20 +43,3 @@ def settings_html(settings: Mapping[str, Any]) -> str:
         for key, value in settings.items()
     )
     return f"<h2>Settings</h2><table class='settings'>{shown}</table>"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of matplotlib that needs no screen; inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from monai_synth.atomic import write_bytes
 from monai_synth.checkpoint import build_network, load_file, sha256_of
 from monai_synth.data.class_images import ClassImages, class_counts
 from monai_synth.errors import UserError
+from monai_synth.figures import new_figure, png
 from monai_synth.networks.image_classifier import BACKBONES, ImageClassifier, weights_source
 from monai_synth.training.expert import STAGE
 from monai_synth.training.handlers import MLflowRun, make_folder, rank
@@ -299,14 +299,14 @@ class ExpertPlot(LossPlot):
         self.picture = self.table.with_suffix(".png")
 
     def _draw(self, names: Iterable[str]) -> None:
-        figure = _new_figure(10, 4)
+        figure = new_figure(10, 4)
         names = list(names)
         for axes, kind in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             for name in names:
                 if name.endswith(f"_{kind}"):
                     axes.plot([line["epoch"] for line in self.lines], [line[name] for line in self.lines], label=name)
             _epoch_axes(axes, kind)
-        write_bytes(self.picture, _png(figure))
+        write_bytes(self.picture, png(figure, dpi=100))
 
 
 def read_experts(ckpt_dir: str | Path, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:
@@ -372,7 +372,7 @@ def compare_experts(
         return
     picture = Path(output_dir) / "experts.png"
     make_folder(picture.parent, "output_dir")
-    write_bytes(picture, _png(experts_figure(experts)))
+    write_bytes(picture, png(experts_figure(experts), dpi=100))
     if mlflow is not None:
         mlflow.log_file(picture)
     best = _best(experts)
@@ -390,7 +390,7 @@ def experts_figure(experts: Mapping[str, Mapping[str, Any]]) -> Figure:
     Args:
         experts: of :func:`read_experts`.
     """
-    figure = _new_figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for name, entry in experts.items():
         report = entry["report"]
@@ -406,15 +406,6 @@ def _best(experts: Mapping[str, Mapping[str, Any]]) -> str:
     return max(sorted(experts), key=lambda name: experts[name]["report"]["val_accuracy"])
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _epoch_axes(axes: Axes, what: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -422,9 +413,3 @@ def _epoch_axes(axes: Axes, what: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()

@@ -11,6 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from monai_synth.atomic import write_bytes
+from monai_synth.figures import new_figure, png
 from monai_synth.training.handlers import MLflowRun, rank
 
 
@@ -65,12 +66,9 @@ class LossPlot:
             self.mlflow.log_file(self.picture)
 
     def _draw(self, names: list[str]) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(7, 4)
         axes = figure.subplots()
         for name in names:
             points = [(line["epoch"], line[name]) for line in self.lines if name in line]
@@ -80,6 +78,4 @@ class LossPlot:
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        write_bytes(self.picture, buffer.getvalue())
+        write_bytes(self.picture, png(figure, dpi=100))
