@@ -93,8 +93,9 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         write_phantom(arguments.out, seed=arguments.seed, **values)
 
 
-_PHANTOM_KIND = dict.fromkeys(("patients", "slices", "matrix", "workers"), ("lidc",))
+_PHANTOM_KIND = dict.fromkeys(("patients", "slices", "matrix"), ("lidc",))
 _PHANTOM_KIND |= dict.fromkeys(("images", "size"), ("nuclei", "xray", "tissue"))
+_PHANTOM_KIND["workers"] = ("lidc", "nuclei", "xray", "tissue")
 _PHANTOM_PARAMETER = {
     "patients": "num_patients",
     "slices": "num_slices",
@@ -293,7 +294,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--patients": "lidc: patients; 1 to 9999 (default: 24)",
         "--slices": "lidc: slices of 2.5 mm per patient; 4 to 80 (default: 24)",
         "--matrix": "lidc: rows and columns of a slice; pixels, 64 to 512 (default: 256)",
-        "--workers": "lidc: processes; 1 or more (default: one per CPU core)",
+        "--workers": "processes; 1 to 4096 (default: as many as pay off, at most one per CPU core)",
         "--images": "nuclei: pictures; 1 to 99999 (default: 40); xray: 4 to 99999 (default: 600); "
         "tissue: 4 to 99999 (default: 800)",
         "--size": "nuclei: rows and columns of a picture; pixels, 32 to 2048 (default: 128); xray and "

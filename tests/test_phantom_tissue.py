@@ -65,6 +65,14 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_gives_others(tm
     assert not set(a.values()) & set(c.values())
 
 
+def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    one, two = (
+        files_of(write_tissue(tmp_path / str(n), num_images=60, size=16, num_workers=n, progress=False)) for n in (1, 2)
+    )
+    assert one == two
+    assert len(one) == 60
+
+
 def test_a_picture_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
     few = files_of(write_tissue(tmp_path / "few", num_images=4, size=16, progress=False))
     many = files_of(write_tissue(tmp_path / "many", num_images=9, size=16, progress=False))
@@ -225,18 +233,20 @@ def test_an_argument_out_of_range_is_told_and_nothing_is_written(tmp_path: Path,
 
 def test_a_folder_with_content_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="not an empty folder"):
         write_tissue(tmp_path, num_images=4, size=16)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_disk_that_fills_up_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(array: np.ndarray) -> bytes:
+    save = Image.Image.save
+
+    def full(image: Image.Image, path: Path) -> None:
         if len(list(tmp_path.rglob("*.png"))) == 2:
             raise OSError(28, "No space left on device")
-        return b"picture"
+        save(image, path)
 
-    monkeypatch.setattr(phantom_tissue, "_png", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="cannot be written .*No space left.*free space"):
         write_tissue(tmp_path / "out", num_images=4, size=16, progress=False)
     assert not any(tmp_path.iterdir())

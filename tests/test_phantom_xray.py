@@ -189,7 +189,7 @@ def test_an_argument_out_of_range_is_told_and_nothing_is_written(tmp_path: Path,
 
 def test_a_folder_with_content_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="not an empty folder"):
         write_xrays(tmp_path, num_images=4, size=16)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 

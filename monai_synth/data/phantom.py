@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
-from tqdm import tqdm
 
 from monai_synth.data.phantom_anatomy import build_thorax
 from monai_synth.data.phantom_dicom import PADDING, RESCALE_INTERCEPT, lidc_xml, write_series
+from monai_synth.data.phantom_files import check_limits, write_whole
 from monai_synth.data.phantom_nodules import (
     NUM_READERS,
     Nodule,
@@ -39,9 +39,6 @@ from monai_synth.data.phantom_shapes import (
     vessel_tree,
 )
 from monai_synth.data.phantom_wall import Habitus
-from monai_synth.data.whole_folder import whole_folder
-from monai_synth.data.workers import map_unordered
-from monai_synth.errors import UserError
 
 PADDING_HU = PADDING + RESCALE_INTERCEPT
 _LOWEST_MM, _HIGHEST_MM = -118.0, 92.0  # the slab lies between the domes' sides and the apices
@@ -303,38 +300,22 @@ def write_phantom(
         UserError: an argument out of range, a folder that is not empty, or a disk that cannot be written.
     """
     out = Path(out)
-    _check(out, num_patients, num_slices, matrix, seed, num_workers)
+    check_limits(
+        _LIMITS, num_workers=num_workers, num_patients=num_patients, num_slices=num_slices, matrix=matrix, seed=seed
+    )
     if num_workers is None:
         num_workers = min(os.cpu_count() or 1, -(-num_patients // 4))  # a worker's start costs about two patients
-    try:
-        with whole_folder(out, overwrite=False) as work:
-            jobs = [(str(work), seed, index, num_slices, matrix) for index in range(1, num_patients + 1)]
-            done = map_unordered(_write_patient, jobs, num_workers)
-            for _ in tqdm(done, total=num_patients, desc="phantom", unit="patient", disable=not progress):
-                pass
-    except OSError as error:
-        msg = f"phantom {out} cannot be written ({error}); free space or name a folder you may write to"
-        raise UserError(msg) from error
-    return out
+
+    def jobs(work: Path) -> list[tuple[str, int, int, int, int]]:
+        return [(str(work), seed, index, num_slices, matrix) for index in range(1, num_patients + 1)]
+
+    return write_whole(
+        out, _write_patient, jobs, num_workers=num_workers, total=num_patients, unit="patient", progress=progress
+    )
 
 
-def _check(out: Path, num_patients: int, num_slices: int, matrix: int, seed: int, num_workers: int | None) -> None:
-    """Refuse what cannot be written, before anything is."""
-    given = {"num_patients": num_patients, "num_slices": num_slices, "matrix": matrix, "seed": seed}
-    given["num_workers"] = 1 if num_workers is None else num_workers
-    limits = _LIMITS | {"seed": (0, 2**32 - 1), "num_workers": (1, 4096)}
-    for name, value in given.items():
-        low, high = limits[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            msg = f"{name} is {value!r}; give a whole number from {low} to {high}"
-            raise UserError(msg)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        msg = f"output {out} exists and is not an empty folder; name another folder or empty this one"
-        raise UserError(msg)
-
-
-def _write_patient(job: tuple[str, int, int, int, int]) -> None:
-    """Compute and write one patient."""
+def _write_patient(job: tuple[str, int, int, int, int]) -> int:
+    """Compute and write one patient; how many that were."""
     root, seed, index, num_slices, matrix = job
     patient = phantom_patient(seed, index, num_slices=num_slices, matrix=matrix)
     name = f"PHANTOM-{index:04d}"
@@ -344,3 +325,4 @@ def _write_patient(job: tuple[str, int, int, int, int]) -> None:
     uids = write_series(folder, patient.image_hu, patient.z_mm, key, name, patient.contrast)
     xml = lidc_xml(patient.readings, patient.others, uids, patient.z_mm, key)
     (folder / f"{index:03d}.xml").write_text(xml, encoding="utf-8")
+    return 1

@@ -7,28 +7,30 @@ variation from picture to picture are those of stained sections. Every picture d
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
-from monai_synth.data.whole_folder import whole_folder
-from monai_synth.errors import UserError
+from monai_synth.data.phantom_files import check_limits, write_pictures
 
 Array = np.ndarray
 
 # Absorption of red, green and blue by one unit of each stain (Ruifrok and Johnston 2001).
 _HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 _EOSIN = np.array([0.07, 0.99, 0.11])
-_LIMITS = {"num_images": (1, 99999), "size": (32, 2048), "seed": (0, 2**32 - 1)}
+_LIMITS = {"num_images": (1, 99999), "size": (32, 2048)}
 _AREA_PER_NUCLEUS = 330.0  # pixels, in the mean picture
 
 
 def write_nuclei(
-    out: str | Path, *, num_images: int = 40, size: int = 128, seed: int = 0, progress: bool = True
+    out: str | Path,
+    *,
+    num_images: int = 40,
+    size: int = 128,
+    seed: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
 ) -> Path:
     """Write pictures and masks, whole or not at all; the same arguments give the same bytes.
 
@@ -38,6 +40,7 @@ def write_nuclei(
         num_images: pictures; 1 to 99999.
         size: rows and columns of a picture; 32 to 2048.
         seed: of everything in it; 0 or more.
+        num_workers: processes; None takes as many as pay off. The files do not depend on it.
         progress: show a progress bar.
 
     Returns:
@@ -46,23 +49,15 @@ def write_nuclei(
     Raises:
         UserError: an argument is out of range, ``out`` holds something, or cannot be written.
     """
-    out = Path(out).expanduser().absolute()
-    for name, value in {"num_images": num_images, "size": size, "seed": seed}.items():
-        low, high = _LIMITS[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise UserError(f"{name} is {value!r}; give a whole number from {low} to {high}")
-    try:
-        with whole_folder(out, overwrite=False) as work:
-            for part in ("images", "masks"):
-                (work / part).mkdir()
-            for index in tqdm(range(1, num_images + 1), desc="phantom", unit="picture", disable=not progress):
-                image, mask = nuclei_picture(seed, index, size=size)
-                (work / "images" / f"n{index:04d}.png").write_bytes(_png(image))
-                (work / "masks" / f"n{index:04d}.png").write_bytes(_png(np.where(mask, np.uint8(255), np.uint8(0))))
-    except OSError as error:
-        msg = f"phantom {out} cannot be written ({error}); free space or name a folder you may write to"
-        raise UserError(msg) from error
-    return out
+    check_limits(_LIMITS, num_workers=num_workers, num_images=num_images, size=size, seed=seed)
+    asked = [(seed, index, size) for index in range(1, num_images + 1)]
+    folders = ("images", "masks")
+    return write_pictures(out, _named, asked, folders=folders, num_workers=num_workers, progress=progress)
+
+
+def _named(seed: int, index: int, size: int) -> list[tuple[str, Array]]:
+    image, mask = nuclei_picture(seed, index, size=size)
+    return [(f"images/n{index:04d}", image), (f"masks/n{index:04d}", np.where(mask, np.uint8(255), np.uint8(0)))]
 
 
 def nuclei_picture(seed: int, index: int, *, size: int = 128) -> tuple[Array, Array]:
@@ -160,9 +155,3 @@ def _paint(
     dark = rng.uniform(0.62, 1.15) * (1 + 0.16 * chromatin[box] + 0.22 * rim)
     stain[box] = np.maximum(stain[box], own * dark)
     share[box] = np.maximum(share[box], own)
-
-
-def _png(array: Array) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()

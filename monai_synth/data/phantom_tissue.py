@@ -9,26 +9,22 @@ number alone, and shows the same piece of tissue at every size.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
+from monai_synth.data.phantom_files import check_limits, write_pictures
 from monai_synth.data.phantom_tissue_textures import TEXTURES, Dyes, Plane, noise, step, turned
-from monai_synth.data.whole_folder import whole_folder
-from monai_synth.errors import UserError
 
 Array = np.ndarray
 
 CLASSES = ("tumor", "stroma", "lympho", "adipose")
 
 # Four pictures hold every class.
-_LIMITS = {"num_images": (4, 99999), "size": (16, 1024), "seed": (0, 2**32 - 1)}
+_LIMITS = {"num_images": (4, 99999), "size": (16, 1024)}
 _POINTS = 112  # at least, along an axis, from which a picture is averaged
 _FINE = 400  # pixels along an axis from which on one point in each is enough, and else two by two
 _NOISE = (0.006, 0.05)  # standard deviation, equally likely in its logarithm; 1 is white
@@ -61,7 +57,13 @@ class Tissue:
 
 
 def write_tissue(
-    folder: str | Path, *, num_images: int = 800, size: int = 64, seed: int = 0, progress: bool = True
+    folder: str | Path,
+    *,
+    num_images: int = 800,
+    size: int = 64,
+    seed: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
 ) -> Path:
     """Write tiles into a folder per class, whole or not at all; the same arguments give the same bytes.
 
@@ -74,6 +76,7 @@ def write_tissue(
         num_images: pictures; 4 to 99999.
         size: rows and columns of a picture; 16 to 1024.
         seed: of everything in it; 0 or more.
+        num_workers: processes; None takes as many as pay off. The files do not depend on it.
         progress: show a progress bar.
 
     Returns:
@@ -82,22 +85,14 @@ def write_tissue(
     Raises:
         UserError: an argument is out of range, ``folder`` holds something, or cannot be written.
     """
-    out = Path(folder).expanduser().absolute()
-    for name, value in {"num_images": num_images, "size": size, "seed": seed}.items():
-        low, high = _LIMITS[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise UserError(f"{name} is {value!r}; give a whole number from {low} to {high}")
-    try:
-        with whole_folder(out, overwrite=False) as work:
-            for name in CLASSES:
-                (work / name).mkdir()
-            pictures = tissues(seed, num_images, size=size)
-            for tissue in tqdm(pictures, total=num_images, desc="phantom", unit="picture", disable=not progress):
-                (work / f"{tissue.name}.png").write_bytes(_png(tissue.image))
-    except OSError as error:
-        msg = f"phantom {out} cannot be written ({error}); free space or name a folder you may write to"
-        raise UserError(msg) from error
-    return out
+    check_limits(_LIMITS, num_workers=num_workers, num_images=num_images, size=size, seed=seed)
+    asked = [(seed, number, size) for number in range(1, num_images + 1)]
+    return write_pictures(folder, _named, asked, folders=CLASSES, num_workers=num_workers, progress=progress)
+
+
+def _named(seed: int, number: int, size: int) -> list[tuple[str, Array]]:
+    tissue = tissue_picture(seed, number, size=size)
+    return [(tissue.name, tissue.image)]
 
 
 def tissues(seed: int, num_images: int, *, size: int = 64) -> Iterator[Tissue]:
@@ -185,9 +180,3 @@ def _film(rng: np.random.Generator, pink: Array, blue: Array, ratio: int) -> Arr
     light = black + (1 - black) * light ** rng.uniform(0.85, 1.2)
     light += np.exp(rng.uniform(*np.log(_NOISE))) * rng.standard_normal((size, size))
     return (255 * light).clip(0, 255).round().astype(np.uint8)
-
-
-def _png(array: Array) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()

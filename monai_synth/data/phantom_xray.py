@@ -7,19 +7,15 @@ the class. A picture depends on the seed and its number alone, and its chest is 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
+from monai_synth.data.phantom_files import check_limits, write_pictures
 from monai_synth.data.phantom_xray_anatomy import draw_chest, draw_opacities, plane_axis, smooth_noise
-from monai_synth.data.whole_folder import whole_folder
-from monai_synth.errors import UserError
 
 Array = np.ndarray
 
@@ -27,7 +23,7 @@ CLASSES = ("normal", "pneumonia")
 PATIENT_REGEX = r"(p\d+)_\d+$"  # the patient in the path of a picture without its ending
 
 # Four pictures always hold both classes: the first patient has at most three.
-_LIMITS = {"num_images": (4, 99999), "size": (16, 1024), "seed": (0, 2**32 - 1)}
+_LIMITS = {"num_images": (4, 99999), "size": (16, 1024)}
 _PICTURES_OF_A_PATIENT = (1, 1, 1, 1, 2, 2, 3)  # drawn from, equally likely
 _NORMAL_PATIENTS = (0, 4)  # of every 7
 _POINTS = 168  # at least, along an axis, from which a picture is averaged
@@ -61,7 +57,13 @@ class Xray:
 
 
 def write_xrays(
-    folder: str | Path, *, num_images: int = 600, size: int = 64, seed: int = 0, progress: bool = True
+    folder: str | Path,
+    *,
+    num_images: int = 600,
+    size: int = 64,
+    seed: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
 ) -> Path:
     """Write pictures into a folder per class, whole or not at all; the same arguments give the same bytes.
 
@@ -74,6 +76,7 @@ def write_xrays(
         num_images: pictures; 4 to 99999.
         size: rows and columns of a picture; 16 to 1024.
         seed: of everything in it; 0 or more.
+        num_workers: processes; None takes as many as pay off. The files do not depend on it.
         progress: show a progress bar.
 
     Returns:
@@ -82,22 +85,14 @@ def write_xrays(
     Raises:
         UserError: an argument is out of range, ``folder`` holds something, or cannot be written.
     """
-    out = Path(folder).expanduser().absolute()
-    for name, value in {"num_images": num_images, "size": size, "seed": seed}.items():
-        low, high = _LIMITS[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise UserError(f"{name} is {value!r}; give a whole number from {low} to {high}")
-    try:
-        with whole_folder(out, overwrite=False) as work:
-            for name in CLASSES:
-                (work / name).mkdir()
-            pictures = xrays(seed, num_images, size=size)
-            for xray in tqdm(pictures, total=num_images, desc="phantom", unit="picture", disable=not progress):
-                (work / f"{xray.name}.png").write_bytes(_png(xray.image))
-    except OSError as error:
-        msg = f"phantom {out} cannot be written ({error}); free space or name a folder you may write to"
-        raise UserError(msg) from error
-    return out
+    check_limits(_LIMITS, num_workers=num_workers, num_images=num_images, size=size, seed=seed)
+    asked = [(seed, patient, visit, size) for patient, visit in _visits(seed, num_images)]
+    return write_pictures(folder, _named, asked, folders=CLASSES, num_workers=num_workers, progress=progress)
+
+
+def _named(seed: int, patient: int, visit: int, size: int) -> list[tuple[str, Array]]:
+    xray = xray_picture(seed, patient, visit, size=size)
+    return [(xray.name, xray.image)]
 
 
 def xrays(seed: int, num_images: int, *, size: int = 64) -> Iterator[Xray]:
@@ -166,9 +161,3 @@ def _average(array: Array, ratio: int) -> Array:
     """Means of squares of ``ratio`` x ``ratio``."""
     size = len(array) // ratio
     return array.reshape(size, ratio, size, ratio).mean((1, 3))
-
-
-def _png(array: Array) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()

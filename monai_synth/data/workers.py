@@ -13,9 +13,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from monai_synth.errors import UserError
+
+# Processes that share the cores must not start a thread per core each: they would wait for one another.
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _stop: Any = None
 
@@ -38,6 +42,18 @@ def _start_worker(stop: Any) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started within compute with one thread each, unless the user set how many."""
+    ours = [name for name in _THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, "1"))
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
 def map_unordered(function: Callable[[Any], Any], items: Sequence[Any], num_workers: int) -> Iterator[Any]:
     """Results of ``function`` over ``items`` as they come, in this process where ``num_workers`` is 1.
 
@@ -50,7 +66,8 @@ def map_unordered(function: Callable[[Any], Any], items: Sequence[Any], num_work
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     num = min(num_workers, len(items))
-    with ProcessPoolExecutor(num, mp_context=context, initializer=_start_worker, initargs=(stop,)) as pool:
+    pool = ProcessPoolExecutor(num, mp_context=context, initializer=_start_worker, initargs=(stop,))
+    with _one_thread_each(), pool:
         try:
             for future in as_completed([pool.submit(function, item) for item in items]):
                 yield future.result()

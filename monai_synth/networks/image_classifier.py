@@ -31,7 +31,7 @@ class _Backbone:
         build: makes the network with one output, which is then taken off; takes the image size where there is a
             patch.
         head: dotted name of its last layer.
-        url: of its ImageNet weights.
+        url: of its ImageNet weights; None where nobody published any.
         published_name: name in that file of a key of the network.
         patch: side of the patches of a transformer, which is made for one image size; None of others.
         fit: makes of that file's tensors and an image size those of the network, by the names in the file.
@@ -40,7 +40,7 @@ class _Backbone:
 
     build: Callable[..., nn.Module]
     head: str
-    url: str
+    url: str | None
     published_name: Callable[[str], str]
     patch: int | None = None
     fit: Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[str, Tensor]] | None = None
@@ -51,6 +51,13 @@ def _resnet(name: str) -> nn.Module:
     """Layer by layer torchvision's: stride 2 in the first convolution, no bias in the shortcuts."""
     options = {"conv1_t_size": 7, "conv1_t_stride": 2, "shortcut_type": "B", "bias_downsample": False}
     return getattr(resnet, name)(spatial_dims=2, n_input_channels=3, num_classes=1, **options)
+
+
+def _small_resnet() -> nn.Module:
+    """Four narrow blocks from the full size on, for few small images: 306 thousand parameters."""
+    options = {"conv1_t_size": 3, "conv1_t_stride": 1, "no_max_pool": True, "bias_downsample": False}
+    widths = [16, 32, 64, 128]
+    return resnet.ResNet("basic", [1] * 4, widths, spatial_dims=2, n_input_channels=3, num_classes=1, **options)
 
 
 def _densenet(name: str) -> nn.Module:
@@ -73,6 +80,7 @@ _DENSENETS = {
     "densenet201": "densenet201-c1103571.pth",
 }
 BACKBONES: dict[str, _Backbone] = {
+    "resnet_small": _Backbone(_small_resnet, "fc", None, lambda key: key),
     **{
         name: _Backbone(functools.partial(_resnet, name), "fc", _TORCHVISION + file, lambda key: key)
         for name, file in _RESNETS.items()
@@ -203,6 +211,7 @@ class ImageClassifier(nn.Module):
         Raises:
             UserError: missing, unreadable, or of another network.
         """
+        require_published(self.name)
         remedy = f"get the weights of {self.name} from {weights_source(self.name)} and give the file's path"
         backbone = BACKBONES[self.name]
         published = _read(path, remedy, backbone.within)
@@ -232,9 +241,20 @@ class ImageClassifier(nn.Module):
         self.backbone.load_state_dict({**own, **{key: published[name] for key, name in wanted.items()}})
 
 
-def weights_source(backbone: str) -> str:
-    """Where the published ImageNet weights of a backbone are."""
+def weights_source(backbone: str) -> str | None:
+    """Where the published ImageNet weights of a backbone are; None where nobody published any."""
     return BACKBONES[backbone].url
+
+
+def require_published(backbone: str) -> None:
+    """Refuse a backbone that can only be trained from scratch.
+
+    Raises:
+        UserError: nobody published weights of it.
+    """
+    if weights_source(backbone) is None:
+        with_weights = ", ".join(name for name in BACKBONES if weights_source(name))
+        raise UserError(f"there are no published weights of {backbone}; train it from scratch, or take {with_weights}")
 
 
 def _patched_size(backbone: str, patch: int, image_size: Sequence[int] | None) -> tuple[int, int]:

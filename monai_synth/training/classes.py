@@ -101,17 +101,20 @@ def class_sampler(
     return BalancedSampler([case["class"] for case in cases], num_samples, **options)
 
 
-def flipped_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ready batch whose images are turned over, each along each of its axes or not, equally likely.
+def random_flips(images: Tensor) -> Tensor:
+    """Each image of (B, C, *S) turned over along each of its axes or not, equally likely.
 
-    A collate function, so that everything that is computed of the batch sees the same image. It draws from torch's
-    global generator.
+    Drawn by torch's generator of the processor, which ``EpochSeed`` seeds.
     """
-    image = batch["image"]
-    for axis in range(2, image.ndim):
-        turned = (torch.rand(len(image)) < 0.5).view(-1, *[1] * (image.ndim - 1))
-        image = torch.where(turned, image.flip(axis), image)
-    return {**batch, "image": image}
+    for axis in range(2, images.ndim):
+        turned = (torch.rand(len(images)) < 0.5).view(-1, *[1] * (images.ndim - 1)).to(images.device)
+        images = torch.where(turned, images.flip(axis), images)
+    return images
+
+
+def flipped_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ready batch whose images are turned over at random; a collate function, so that all see the same image."""
+    return {**batch, "image": random_flips(batch["image"])}
 
 
 class ClassDiffusionPrepareBatch(NoisyPrepareBatch):

@@ -20,7 +20,8 @@ from monai_synth.checkpoint import build_network, load_file, sha256_of
 from monai_synth.data.class_images import ClassImages, class_counts
 from monai_synth.errors import UserError
 from monai_synth.figures import new_figure, png
-from monai_synth.networks.image_classifier import BACKBONES, ImageClassifier, weights_source
+from monai_synth.networks.image_classifier import BACKBONES, ImageClassifier, require_published, weights_source
+from monai_synth.training.classes import random_flips
 from monai_synth.training.expert import STAGE
 from monai_synth.training.handlers import MLflowRun, make_folder, rank
 from monai_synth.training.loss_plot import LossPlot
@@ -59,6 +60,10 @@ def check_start(backbone: str, weights: str | None, image_size: Sequence[int]) -
         raise UserError(f"image_size is {list(image_size)}; experts take images of two axes, e.g. '[224, 224]'")
     if weights == RANDOM:
         return
+    try:
+        require_published(backbone)
+    except UserError as error:
+        raise UserError(f"{error}: give --weights {RANDOM}") from error
     if weights is None or not Path(weights).expanduser().is_file():
         what = "no --weights were given" if weights is None else f"there is no weights file {weights}"
         msg = (
@@ -118,16 +123,6 @@ def initial_expert(arch: Mapping[str, Any], weights: str | None, seed: int) -> I
     if weights is not None and weights != RANDOM:
         network.load_backbone_weights(weights)
     return network
-
-
-def random_flips(images: Tensor) -> Tensor:
-    """Each image of (B, C, H, W) upside down with probability 1/2, and left to right with probability 1/2.
-
-    Drawn by torch's generator of the processor, which ``EpochSeed`` seeds.
-    """
-    drawn = (torch.rand(2, len(images), 1, 1, 1) < 0.5).to(images.device)
-    images = torch.where(drawn[0], images.flip(2), images)
-    return torch.where(drawn[1], images.flip(3), images)
 
 
 class ExpertPrepareBatch(PrepareBatch):
