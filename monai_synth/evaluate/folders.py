@@ -53,7 +53,7 @@ def list_pairs(folder: str | os.PathLike[str], *, split: str = "test") -> tuple[
         ones.
     """
     folder = Path(folder)
-    content = _dataset_json(folder)
+    content = read_dataset_json(folder)
     if "numTraining" in content:
         pairs, labels = _nnunet_pairs(folder, content), content.get("labels", {})
     else:
@@ -86,7 +86,12 @@ def list_pairs(folder: str | os.PathLike[str], *, split: str = "test") -> tuple[
     return pairs, labels
 
 
-def _dataset_json(folder: Path) -> Mapping[str, Any]:
+def read_dataset_json(folder: Path) -> Mapping[str, Any]:
+    """The parsed dataset.json of a folder.
+
+    Raises:
+        UserError: missing, unfinished, or no JSON object.
+    """
     path = folder / "dataset.json"
     if not path.is_file():
         unfinished = (folder / "export.json").is_file()
