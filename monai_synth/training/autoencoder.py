@@ -7,31 +7,27 @@ and sigma, and the adversarial weight follows the gradients, so the two-optimise
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.engines import Trainer, default_prepare_batch
+from monai.engines import default_prepare_batch
 from torch import nn
 from torch.optim import Optimizer
+
+from monai_synth.training.adversarial import (
+    AdversarialTrainer,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    unwrap,
+)
 
 
 def kl_per_pixel(mean: torch.Tensor, sigma: torch.Tensor, num_pixels: int) -> torch.Tensor:
     """KL(N(mean, sigma^2) || N(0, 1)) summed over the latent, averaged over the batch, per image pixel."""
     kl = 0.5 * (mean**2 + sigma**2 - torch.log(sigma**2) - 1.0)
     return kl.sum() / (mean.shape[0] * num_pixels)
-
-
-def hinge_discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
-    """0.5 (E[max(0, 1 - D(x))] + E[max(0, 1 + D(D(E(x))))]); SEEDS 2.3.9 for Eq 3.2."""
-    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
-
-
-def hinge_generator_loss(logits_fake: torch.Tensor) -> torch.Tensor:
-    """-E[D(D(E(x)))]."""
-    return -logits_fake.mean()
 
 
 def adaptive_weight(
@@ -49,10 +45,6 @@ def last_decoder_weight(autoencoder: nn.Module) -> torch.Tensor:
     return convs[-1].weight
 
 
-def _unwrap(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-
-
 class Reconstruction(nn.Module):
     """x -> D(mean of E(x)); what validation compares with x."""
 
@@ -64,7 +56,7 @@ class Reconstruction(nn.Module):
         return self.autoencoder.decode(self.autoencoder.encode(x)[0])
 
 
-class AutoencoderTrainer(Trainer):
+class AutoencoderTrainer(AdversarialTrainer):
     """One step: reconstruction + perceptual + KL + weighted adversarial loss, then the discriminator's step.
 
     Args:
@@ -113,18 +105,16 @@ class AutoencoderTrainer(Trainer):
         amp: bool = False,
     ) -> None:
         super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            data_loader=train_data_loader,
+            device,
+            max_epochs,
+            train_data_loader,
             epoch_length=epoch_length,
             prepare_batch=prepare_batch,
-            key_metric=key_train_metric,
-            metric_cmp_fn=operator.lt,
+            key_train_metric=key_train_metric,
             additional_metrics=additional_metrics,
-            handlers=train_handlers,
-            decollate=False,
+            train_handlers=train_handlers,
+            amp=amp,
         )
-        self.autocast_enabled = amp
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.autoencoder_optimizer = autoencoder_optimizer
@@ -135,9 +125,6 @@ class AutoencoderTrainer(Trainer):
         self.kl_weight = kl_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
-
-    def _autocast(self, x: torch.Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast_enabled)
 
     def _iteration(self, engine: Any, batchdata: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         x, _ = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
@@ -154,8 +141,8 @@ class AutoencoderTrainer(Trainer):
             kl = kl_per_pixel(mean, sigma, x[0, 0].numel())
             loss = rec + self.kl_weight * kl
             if adversarial:
-                adv = hinge_generator_loss(_unwrap(self.discriminator)(x_rec)[-1])
-                weight = adaptive_weight(rec, adv, last_decoder_weight(_unwrap(self.autoencoder)))
+                adv = hinge_generator_loss(unwrap(self.discriminator)(x_rec)[-1])
+                weight = adaptive_weight(rec, adv, last_decoder_weight(unwrap(self.autoencoder)))
                 loss = loss + self.adversarial_weight * weight * adv
         self.autoencoder_optimizer.zero_grad(set_to_none=True)
         loss.backward()
