@@ -22,7 +22,7 @@ from monai_synth.atomic import write_bytes
 from monai_synth.checks import whole
 from monai_synth.errors import UserError
 from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
-from monai_synth.experiments.record import record_settings
+from monai_synth.experiments.record import record_settings, require_own_folder
 
 BASELINE = "baseline"
 ALIGN_ON = ("noisy", "clean")
@@ -127,8 +127,7 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
         raise UserError(f"{msg} (--expert)")
     dataset = read_dataset(settings.real, task="classes")
     out = Path(settings.out).expanduser().absolute()
-    if out.is_dir() and any(out.iterdir()) and not (out / "alignment.json").is_file():
-        raise UserError(f"--out {out} holds something else; give a folder that is new or empty")
+    require_own_folder(out, record="alignment.json")
     with locked(out), terminated_as_interrupt():
         shared = {"expert": sha256_of(settings.expert), "dataset": dataset.fingerprint, "options": options}
         record_settings(out / "alignment.json", shared)

@@ -21,7 +21,7 @@ from monai_synth.data.workers import map_unordered, worker_count
 from monai_synth.errors import UserError
 from monai_synth.experiments.classifier_rows import Row, all_rows, chosen_rows
 from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
-from monai_synth.experiments.record import record_settings
+from monai_synth.experiments.record import record_settings, require_own_folder
 
 # The text's values. The demo only shows that every part works.
 _PAPER: dict[str, Any] = {
@@ -133,7 +133,7 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     num_seeds, workers, device = values.pop("seeds"), values.pop("workers"), values["device"]
 
     out = Path(settings.out).expanduser().absolute()
-    _require_own_folder(out)
+    require_own_folder(out, folders=("runs", "classifiers"))
     with locked(out), terminated_as_interrupt():
         record = {key: value for key, value in values.items() if key not in ("device", "weights")}
         record_settings(out / "experiment.json", record)
@@ -165,14 +165,6 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
                 )
         report(f"results: {out / 'results.json'}, {out / 'results.csv'}, {out / 'report.html'}")
     return content
-
-
-def _require_own_folder(out: Path) -> None:
-    """Refuse a folder that holds something else, such as the samples themselves."""
-    entries = [path.name for path in out.iterdir()] if out.is_dir() else []
-    there = sorted(name for name in entries if name not in ("runs", "classifiers") and not name.startswith("."))
-    if there and not (out / "experiment.json").is_file():
-        raise UserError(f"--out {out} holds {there[0]!r} and no experiment; give a folder that is new or empty")
 
 
 def _run_all(jobs: Sequence[Any], source: Any, workers: int, report: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from monai_synth.checks import check_numbers, chosen_device
 from monai_synth.errors import UserError
 from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
-from monai_synth.experiments.record import record_settings
+from monai_synth.experiments.record import record_settings, require_own_folder
 
 _BATCH_SIZE = {"cpu": 64, "cuda": 256}
 _FOLDERS = ("samples", "logits")
@@ -119,7 +119,7 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
         sampling.make_inferer(model, plan)
 
     out = Path(settings.out).expanduser().absolute()
-    _require_own_folder(out)
+    require_own_folder(out, folders=_FOLDERS)
     if settings.mean_filter:
         means = real.class_means(sampled)
         plan = replace(plan, floors={name: mean - sampling.FILTER_REACH for name, mean in means.items()})

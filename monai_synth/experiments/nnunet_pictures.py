@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from monai_synth.data.pair_files import read_image, read_label
+from monai_synth.figures import new_figure, png
 
 MAX_ROWS = 4
 LEAST_WINDOW = 128  # pixels shown around a box; of a large image the rest would hide what differs
@@ -28,8 +28,6 @@ def disagreement_png(
         num_labels: with the background.
         titles: of the four columns.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     def differing(case: Mapping[str, str]) -> float:
@@ -37,8 +35,7 @@ def disagreement_png(
         return float((read_label(first / name) != read_label(second / name)).mean())
 
     chosen = sorted(cases, key=differing, reverse=True)[:MAX_ROWS]
-    figure = Figure(figsize=(10, 2.6 * len(chosen)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 2.6 * len(chosen))
     for row, case in zip(figure.subplots(len(chosen), 4, squeeze=False), chosen, strict=True):
         name = Path(case["label"]).name
         image = read_image(case["original"])
@@ -63,9 +60,7 @@ def disagreement_png(
                 axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     for axes, title in zip(figure.axes[:4], titles, strict=True):
         axes.set_title(title, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return png(figure, dpi=100)
 
 
 def disagreement_box(first: np.ndarray, second: np.ndarray) -> tuple[slice, ...] | None:

@@ -4,12 +4,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from monai_synth.atomic import write_json
 from monai_synth.errors import UserError
+
+
+def require_own_folder(out: Path, *, folders: Collection[str] = (), record: str = "experiment.json") -> None:
+    """Refuse a folder that holds something else, such as the samples themselves.
+
+    Args:
+        out: folder of the experiment, which need not be there.
+        folders: in it that may be there before the record is.
+        record: name of the record, by which an experiment is known.
+
+    Raises:
+        UserError: it holds other entries and no record.
+    """
+    entries = [path.name for path in out.iterdir()] if out.is_dir() else []
+    there = sorted(name for name in entries if name not in folders and not name.startswith("."))
+    if there and not (out / record).is_file():
+        raise UserError(f"--out {out} holds {there[0]!r} and no experiment; give a folder that is new or empty")
 
 
 def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
