@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fidelity_files import FakeInception, publish, write_classifier
+from PIL import Image
 from torch import nn
 
 from monai_synth.errors import UserError
@@ -65,7 +66,9 @@ def test_a_state_dict_gives_the_features_of_torch_fidelity(
 def test_weights_of_an_unknown_hash_are_refused_and_when_allowed_are_not_called_inception(
     tmp_path: Path, torchscript: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"none of the two published files; download .* --allow-unknown-weights"):
+    with pytest.raises(
+        UserError, match=r"none of the 2 published files of Inception.*; download .* --allow-unknown-weights"
+    ):
         door.inception(torchscript)
     extractor = door.inception(torchscript, allow_unknown_weights=True)
     assert extractor.key == "unknown_inception"
@@ -78,6 +81,25 @@ def test_a_file_whose_content_is_not_what_its_name_promises_is_called_damaged(tm
     path.write_bytes(b"half of it")
     with pytest.raises(UserError, match=r"promises 6726825d\.\.\., so the download is damaged"):
         door.inception(path)
+
+
+def test_the_clean_resize_is_pillows_and_its_numbers_have_their_own_name(
+    torchscript: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(monkeypatch, torchscript)
+    clean, usual = door.inception(torchscript, resize="clean"), door.inception(torchscript)
+    assert (clean.key, usual.key) == ("inception_clean", "inception")
+    assert clean.fingerprint != usual.fingerprint
+    image = pictures(0, 1, 3, 40) // 3 + 80  # where Pillow's 8-bit form cuts no overshoot between its two passes
+    resized = door.clean_resize(torch.from_numpy(image)).numpy()
+    assert resized.shape == (1, 3, 299, 299)
+    expected = np.asarray(Image.fromarray(np.moveaxis(image[0], 0, -1)).resize((299, 299), Image.Resampling.BICUBIC))
+    assert np.abs(np.moveaxis(expected, -1, 0).astype(int) - resized[0]).max() <= 1
+    np.testing.assert_array_equal(clean(image), usual(resized))
+    large = pictures(1, 1, 3, 299)
+    np.testing.assert_array_equal(clean(large), usual(large))
+    with pytest.raises(UserError, match="allowed are tensorflow, clean"):
+        door.inception(torchscript, resize="bilinear")
 
 
 def test_the_known_hashes_begin_as_the_file_names_say() -> None:

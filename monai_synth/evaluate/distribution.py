@@ -42,7 +42,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     Raises:
         UserError: fewer than 2 vectors, other lengths, or values that are not finite.
     """
-    x, y = _checked(x, y)
+    x, y = checked_features(x, y)
     a, b = _factor(x), _factor(y)
     return _frechet(x, y, a, b, np.linalg.svd(a @ b.T, compute_uv=False).sum())
 
@@ -60,7 +60,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     Raises:
         UserError: see `frechet_distance`.
     """
-    x, y = _checked(x, y)
+    x, y = checked_features(x, y)
     sums = _group_sums(x, y, np.zeros(len(x), int), np.zeros(len(y), int))
     return _unbiased(*(s.sum() for s in sums), len(x), len(y))
 
@@ -89,9 +89,9 @@ def frechet_result(
         ``{"value", "n": [n, m], "ci", "standard_error", "dimension", "warnings"}``; ci and standard_error are None
         with fewer than 5 patients on a side.
     """
-    x, y = _checked(x, y)
+    x, y = checked_features(x, y)
     value = frechet_distance(x, y)
-    gx, gy = _common_groups(groups_x, groups_y, len(x), len(y), seed)
+    gx, gy = common_groups(groups_x, groups_y, len(x), len(y), seed)
     left_out = [] if gx is None else [_quick_frechet(x[gx != g], y[gy != g]) for g in range(gx.max() + 1)]
     # Both sides lose a group at a time: the two parts of the variance add up, in half the evaluations.
     smaller, dimension = min(len(x), len(y)), x.shape[1]
@@ -101,7 +101,7 @@ def frechet_result(
             f"fewer images than the {dimension} features: the covariance is rank-deficient and the value is biased "
             "upwards; compare only values with equal n, and read the kernel distance, which has no such bias"
         )
-    return _result(value, len(x), len(y), _variance(np.asarray(left_out)), len(left_out)) | {
+    return result_of(value, len(x), len(y), jackknife_variance(np.asarray(left_out)), len(left_out)) | {
         "dimension": dimension,
         "warnings": warnings,
     }
@@ -130,10 +130,10 @@ def kernel_result(
     Returns:
         See `frechet_result`.
     """
-    x, y = _checked(x, y)
-    gx, gy = _common_groups(groups_x, groups_y, len(x), len(y), seed)
+    x, y = checked_features(x, y)
+    gx, gy = common_groups(groups_x, groups_y, len(x), len(y), seed)
     if gx is None or gy is None:
-        return _result(kernel_distance(x, y), len(x), len(y), 0.0, 0) | {"dimension": x.shape[1], "warnings": []}
+        return result_of(kernel_distance(x, y), len(x), len(y), 0.0, 0) | {"dimension": x.shape[1], "warnings": []}
     xx, yy, xy = _group_sums(x, y, gx, gy)
     sizes_x, sizes_y = np.bincount(gx), np.bincount(gy)
     total = xx.sum(), yy.sum(), xy.sum()
@@ -145,14 +145,19 @@ def kernel_result(
         _unbiased(total[0], total[1] - 2 * yy[g].sum() + yy[g, g], total[2] - xy[:, g].sum(), len(x), len(y) - s)
         for g, s in enumerate(sizes_y)
     ]
-    variance = _variance(np.asarray(without_x)) + _variance(np.asarray(without_y))
-    return _result(_unbiased(*total, len(x), len(y)), len(x), len(y), variance, len(sizes_x)) | {
+    variance = jackknife_variance(np.asarray(without_x)) + jackknife_variance(np.asarray(without_y))
+    return result_of(_unbiased(*total, len(x), len(y)), len(x), len(y), variance, len(sizes_x)) | {
         "dimension": x.shape[1],
         "warnings": [],
     }
 
 
-def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked_features(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sets in double precision.
+
+    Raises:
+        UserError: see `frechet_distance`.
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         msg = f"features of shapes {x.shape} and {y.shape}; needed are (n, D) and (m, D) with 2 images or more each"
@@ -212,7 +217,7 @@ def _unbiased(xx: float, yy: float, xy: float, n: int, m: int) -> float:
     return float(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
 
 
-def _common_groups(
+def common_groups(
     groups_x: Sequence[Any] | None, groups_y: Sequence[Any] | None, n: int, m: int, seed: int
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """A group of equally many patients for each image, as many groups on both sides; None where they are too few."""
@@ -234,7 +239,7 @@ def _common_groups(
     return shuffled[0], shuffled[1]
 
 
-def _variance(left_out: np.ndarray) -> float:
+def jackknife_variance(left_out: np.ndarray) -> float:
     """Of the statistic, from its values with each of G groups left out."""
     if not len(left_out):
         return 0.0
@@ -242,7 +247,8 @@ def _variance(left_out: np.ndarray) -> float:
     return float((num - 1) / num * ((left_out - left_out.mean()) ** 2).sum())
 
 
-def _result(value: float, n: int, m: int, variance: float, num_groups: int) -> dict[str, Any]:
+def result_of(value: float, n: int, m: int, variance: float, num_groups: int) -> dict[str, Any]:
+    """A value with its 95 % interval from the variance of a jackknife with so many groups; 0 groups give none."""
     result: dict[str, Any] = {"value": value, "n": [n, m], "ci": None, "standard_error": None}
     if num_groups:
         error = float(np.sqrt(variance))

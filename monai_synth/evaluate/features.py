@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from monai_synth.checkpoint import load_file, restore_network, sha256_of
@@ -36,10 +37,12 @@ INCEPTION_SOURCE = (
     "weights-inception-2015-12-05-6726825d.pth from github.com/toshas/torch-fidelity/releases/tag/v0.2.0, or "
     "inception-2015-12-05.pt of stylegan2-ada-pytorch) on a machine with a network and give its path"
 )
-_INCEPTION_RECIPE = (
-    "grey repeated to RGB, 0 to 255, bilinear to 299 x 299 as TensorFlow 1 (without a low-pass filter), Inception-v3 "
-    "of 2015-12-05, 2048 pooled features"
-)
+INCEPTION_RESIZES = {
+    "tensorflow": "bilinear to 299 x 299 as TensorFlow 1 (without a low-pass filter)",
+    "clean": "bicubic to 299 x 299 with a low-pass filter where it shrinks (Pillow in floating point as clean-fid, "
+    "rounded to 8 bits at the end)",
+}
+_INCEPTION_RECIPE = "grey repeated to RGB, 0 to 255, {}, Inception-v3 of 2015-12-05, 2048 pooled features"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,11 @@ class Extractor:
 
 
 def inception(
-    path: str | Path, *, device: str | torch.device = "cpu", allow_unknown_weights: bool = False
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    allow_unknown_weights: bool = False,
+    resize: str = "tensorflow",
 ) -> Extractor:
     """The network of the Frechet inception distance, from a file of its published weights.
 
@@ -110,35 +117,94 @@ def inception(
         path: pytorch-fid's or torch-fidelity's state dict, or StyleGAN's TorchScript.
         device: where to run.
         allow_unknown_weights: take a file with another SHA-256 too; its numbers are then not called FID and KID.
+        resize: of ``INCEPTION_RESIZES``; "clean" gives other numbers, which are named so (Parmar et al. 2022).
 
     Raises:
         UserError: missing, unreadable, of another network or of another hash; torch-fidelity is not installed.
     """
+    if resize not in INCEPTION_RESIZES:
+        raise UserError(f"inception resize {resize!r}; allowed are {', '.join(INCEPTION_RESIZES)}")
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no file of Inception weights {path}; {INCEPTION_SOURCE}")
-    digest = sha256_of(path)
-    known = digest in PUBLISHED_INCEPTION
-    if not known and not allow_unknown_weights:
-        promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-        why = "it is none of the two published files"
-        if promised and not digest.startswith(promised[1]):
-            why = f"its name promises {promised[1]}..., so the download is damaged or the file was renamed"
-        msg = f"{path} has SHA-256 {digest}: {why}; {INCEPTION_SOURCE}, or allow it with --allow-unknown-weights"
-        raise UserError(msg + " (its numbers are then not called FID)")
+    digest, known = checked_weights(
+        path,
+        "Inception weights",
+        PUBLISHED_INCEPTION,
+        INCEPTION_SOURCE,
+        allow_unknown=allow_unknown_weights,
+        remark=" (its numbers are then not called FID)",
+    )
     call = _torchscript(path, device) if _is_torchscript(path) else _state_dict(path, device)
     warning = f"Inception weights of unknown origin (SHA-256 {digest[:16]}...): these numbers are not FID and KID"
+    key = ("" if known else "unknown_") + "inception" + ("_clean" if resize == "clean" else "")
     return Extractor(
-        key="inception" if known else "unknown_inception",
-        title="Inception-v3 network",
-        recipe=_INCEPTION_RECIPE,
+        key=key,
+        title="Inception-v3 network" + (", clean resize" if resize == "clean" else ""),
+        recipe=_INCEPTION_RECIPE.format(INCEPTION_RESIZES[resize]),
         weights_sha256=digest,
         num_features=2048,
         channels=3,
         warnings=() if known else (warning,),
-        call=call,
+        call=call if resize == "tensorflow" else lambda images: call(clean_resize(images)),
         device=torch.device(device),
     )
+
+
+def checked_weights(
+    path: Path, what: str, published: Mapping[str, str], source: str, *, allow_unknown: bool, remark: str = ""
+) -> tuple[str, bool]:
+    """SHA-256 of a weights file and whether it is published.
+
+    Args:
+        path: the file.
+        what: it should hold, for messages.
+        published: SHA-256 -> what it is.
+        source: where to get it, for messages.
+        allow_unknown: take another file too.
+        remark: what that does.
+
+    Raises:
+        UserError: no file, or one that is not published and not allowed.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file of {what} {path}; {source}")
+    digest = sha256_of(path)
+    known = digest in published
+    if not known and not allow_unknown:
+        promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+        why = f"it is none of the {len(published)} published files of {what}"
+        if promised and not digest.startswith(promised[1]):
+            why = f"its name promises {promised[1]}..., so the download is damaged or the file was renamed"
+        msg = f"{path} has SHA-256 {digest}: {why}; {source}, or allow it with --allow-unknown-weights"
+        raise UserError(msg + remark)
+    return digest, known
+
+
+def read_state_dict(path: Path, source: str) -> dict[str, Tensor]:
+    """Tensors by name, without unpickling anything else.
+
+    Raises:
+        UserError: damaged, or something else.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a damaged or foreign file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read ({reason}); {source}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state dict (tensors by name); {source}")
+    return dict(weights)
+
+
+def clean_resize(images: Tensor, size: int = 299) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, size, size) by Pillow's bicubic filter; 299 is where networks leave it."""
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    out = np.empty((len(images), images.shape[1], size, size), np.float32)
+    for b, image in enumerate(images.cpu().numpy()):
+        for c, channel in enumerate(image):
+            picture = Image.fromarray(channel.astype(np.float32))
+            out[b, c] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(out.round().clip(0, 255).astype(np.uint8)).to(images.device)
 
 
 def trained_classifier(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
@@ -204,14 +270,7 @@ def _torchscript(path: Path, device: str | torch.device) -> Callable[[Tensor], T
 
 
 def _state_dict(path: Path, device: str | torch.device) -> Callable[[Tensor], Tensor]:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a damaged or foreign file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({reason}); {INCEPTION_SOURCE}") from error
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} holds no state dict (tensors by name); {INCEPTION_SOURCE}")
-    network = _torch_fidelity_network(weights, path).to(device)
+    network = _torch_fidelity_network(read_state_dict(path, INCEPTION_SOURCE), path).to(device)
     return lambda images: network(images)[0]
 
 
