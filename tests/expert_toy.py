@@ -51,14 +51,17 @@ def write_model(path, dataset, *, seed=0, size=SIZE, **contract):
 
 
 def write_expert(path, dataset, *, seed=0, size=(24, 24), channels=1, **contract):
+    classes = contract.pop("classes", dataset.classes)
+    terms = {"value_range": [0, 1], "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint}}
+    return write_classifier(path, classes, seed=seed, size=size, channels=channels, **(terms | contract))
+
+
+def write_classifier(path, classes, *, seed=0, size=(16, 16), channels=1, **contract):
     torch.manual_seed(seed)
-    classes = contract.get("classes", dataset.classes)
     arguments = {"backbone": "resnet18", "num_classes": len(classes), "image_channels": channels}
-    network = ImageClassifier(**arguments)
-    terms = {"classes": classes, "image_channels": channels, "image_size": list(size), "value_range": [0, 1]}
-    terms |= {"dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint}, "val_accuracy": 0.75}
+    terms = {"classes": classes, "image_channels": channels, "image_size": list(size), "val_accuracy": 0.75}
     arch = {"target": "monai_synth.networks.ImageClassifier", "args": arguments}
-    save_atomic(trained_file("image_classifier", network, arch, {**terms, **contract}), path)
+    save_atomic(trained_file("image_classifier", ImageClassifier(**arguments), arch, {**terms, **contract}), path)
     return path
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,13 @@ def refusal_of(prepare: Callable[..., Any], source: Path, tmp_path: Path, **opti
         prepare(source, tmp_path / "out", **options)
     assert {p.name for p in tmp_path.iterdir()} == before
     return str(caught.value)
+
+
+def shades(folder: Path, names: Sequence[str], *, channels: int = 1, step: float = 110.0) -> Path:
+    """Twelve noisy pictures of 16 x 16 in a folder for each class, which is lighter by ``step`` than the last."""
+    rng = np.random.default_rng(0)
+    shape = (16, 16) if channels == 1 else (16, 16, channels)
+    for k, name in enumerate(names):
+        for i in range(12):
+            save(folder / name / f"{i}.png", rng.normal(55 + step * k, 12, shape).clip(0, 255).astype(np.uint8))
+    return folder

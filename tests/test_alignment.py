@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import BUNDLES, command, kill_when_there, options, run, user_error, workflow
+from expert_toy import write_classifier
 from ignite.engine import Engine
 from monai.engines import SupervisedTrainer
-from PIL import Image
+from source_images import shades
 from torch import Tensor, nn
 
 from monai_synth.checkpoint import load_file, save_atomic, sha256_of, trained_file
@@ -76,17 +77,9 @@ def expert(**values: Any) -> Expert:
     return Expert(classifier(), **({"value_range": [-1, 1]} | values))
 
 
-def write_expert(path: Path, *, image_channels: int = 1, size: int = 16) -> Path:
-    args = {"backbone": "resnet18", "num_classes": 2, "image_channels": image_channels}
-    contract = {"classes": CLASSES, "image_channels": image_channels, "image_size": [size, size]}
-    arch = {"target": "monai_synth.networks.ImageClassifier", "args": args}
-    save_atomic(trained_file("image_classifier", classifier(image_channels), arch, contract), path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def expert_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_expert(tmp_path_factory.mktemp("expert") / "expert.pt")
+    return write_classifier(tmp_path_factory.mktemp("expert") / "expert.pt", CLASSES)
 
 
 # The loss.
@@ -366,7 +359,7 @@ def test_a_file_of_another_stage_is_no_expert(tmp_path: Path) -> None:
 
 
 def test_an_expert_of_another_size_is_fed_at_the_size_that_the_user_chooses(tmp_path: Path) -> None:
-    path = write_expert(tmp_path / "expert.pt", size=32)
+    path = write_classifier(tmp_path / "expert.pt", CLASSES, size=(32, 32))
     for size in ([16, 16], [32, 32]):
         assert load_expert(path, **GIVEN, input_size=size).input_size == tuple(size)
     assert load_expert(path, **(GIVEN | {"image_size": [32, 32]})).sha256 == sha256_of(path)
@@ -421,18 +414,14 @@ CONFIGS = ["train.json", "align.json"]
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Dataset and expert for each bundle."""
     root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("dark", "bright")):
-        (root / "classes" / name).mkdir(parents=True)
-        for i in range(12):
-            image = rng.normal(60 + 110 * k, 12, (16, 16)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(image).save(root / "classes" / name / f"{i}.png")
-    prepare_classes(root / "classes", root / "xray", splits=(0.7, 0.15, 0.15), progress=False)
+    prepare_classes(
+        shades(root / "classes", ("dark", "bright")), root / "xray", splits=(0.7, 0.15, 0.15), progress=False
+    )
     write_nuclei(root / "nuclei_source", num_images=12, size=64, seed=0)
     prepare_pairs(root / "nuclei_source", root / "nuclei", labels=["nucleus"], splits=(0.7, 0.15, 0.15))
     experts = {
-        "cfg_ddpm": write_expert(root / "grey.pt"),
-        "jdm": write_expert(root / "colour.pt", image_channels=3, size=32),
+        "cfg_ddpm": write_classifier(root / "grey.pt", CLASSES),
+        "jdm": write_classifier(root / "colour.pt", CLASSES, channels=3, size=(32, 32)),
     }
     folders = {"cfg_ddpm": root / "xray", "jdm": root / "nuclei"}
     return {name: {"dataset_dir": str(folders[name]), "expert": str(path)} for name, path in experts.items()}

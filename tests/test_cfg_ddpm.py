@@ -17,6 +17,7 @@ import torch
 from bundle_runs import BUNDLES, command, kill_when_there, options, places_of, run, user_error, workflow
 from monai.bundle import verify_net_in_out
 from PIL import Image
+from source_images import shades
 
 from monai_synth.checkpoint import load_file
 from monai_synth.data.classes import prepare_classes
@@ -61,21 +62,12 @@ def test_training_and_inference_agree_on_what_they_share() -> None:
 # From here on the bundle runs.
 
 
-def write_source(folder: Path, mode: str = "L") -> Path:
-    """Dark circles and bright squares, one folder each."""
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("dark", "bright")):
-        (folder / name).mkdir(parents=True)
-        for i in range(12):
-            image = rng.normal(60 + 110 * k, 12, (16, 16) if mode == "L" else (16, 16, 3)).clip(0, 255)
-            Image.fromarray(image.astype(np.uint8), mode).save(folder / name / f"{i}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("classes")
-    prepare_classes(write_source(root / "source"), root / "prepared", splits=(0.7, 0.15, 0.15), progress=False)
+    prepare_classes(
+        shades(root / "source", ("dark", "bright")), root / "prepared", splits=(0.7, 0.15, 0.15), progress=False
+    )
     return root / "prepared"
 
 
@@ -277,7 +269,7 @@ def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_colour_images_of_unequal_size_train_at_the_size_that_is_given(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", "RGB")
+    source = shades(tmp_path / "source", ("dark", "bright"), channels=3)
     Image.fromarray(np.full((30, 20, 3), 200, np.uint8)).save(source / "bright" / "large.png")
     prepare_classes(source, tmp_path / "prepared", splits=(0.7, 0.15, 0.15), progress=False)
     places = {

@@ -8,18 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from bundle_runs import BUNDLES
-from PIL import Image
+from expert_toy import write_classifier
+from source_images import shades
 
-from monai_synth.checkpoint import load_file, save_atomic, trained_file
+from monai_synth.checkpoint import load_file
 from monai_synth.cli import main
 from monai_synth.data.classes import prepare_classes
 from monai_synth.errors import UserError
 from monai_synth.experiments.alignment import Arm, Settings, _arms, run_experiment, sweep_lines
-from monai_synth.networks import ImageClassifier
 
 
 def settings(**values: Any) -> Settings:
@@ -77,18 +75,10 @@ def test_a_line_has_what_the_expert_said_of_its_arm_and_the_difference_to_the_ba
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sweep")
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("dark", "bright")):
-        (root / "source" / name).mkdir(parents=True)
-        for i in range(12):
-            image = rng.normal(70 + 110 * k, 10, (16, 16)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(image).save(root / "source" / name / f"{i}.png")
-    prepare_classes(root / "source", root / "prepared", splits=(0.6, 0.2, 0.2), progress=False)
-    torch.manual_seed(0)
-    args = {"backbone": "resnet18", "num_classes": 2, "image_channels": 1}
-    contract = {"classes": {"bright": 0, "dark": 1}, "image_channels": 1, "image_size": [16, 16]}
-    arch = {"target": "monai_synth.networks.ImageClassifier", "args": args}
-    save_atomic(trained_file("image_classifier", ImageClassifier("resnet18", 2, 1), arch, contract), root / "expert.pt")
+    prepare_classes(
+        shades(root / "source", ("dark", "bright")), root / "prepared", splits=(0.6, 0.2, 0.2), progress=False
+    )
+    write_classifier(root / "expert.pt", {"bright": 0, "dark": 1})
     return root
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pytest
 import torch
 from bundle_runs import BUNDLES, command, kill_when_there, options, places_of, run, user_error, workflow
+from expert_toy import write_classifier
 from monai.bundle import verify_net_in_out
-from PIL import Image
+from source_images import shades
 
-from monai_synth.checkpoint import load_file, restore_network, save_atomic, sha256_of, trained_file
+from monai_synth.checkpoint import load_file, restore_network, sha256_of
 from monai_synth.data.class_images import ready_batch
 from monai_synth.data.classes import prepare_classes
 from monai_synth.data.datalist import read_dataset
 from monai_synth.errors import UserError
 from monai_synth.export.provenance import read_provenance
-from monai_synth.networks import ImageClassifier
 from monai_synth.networks.text_features import text_features
 from monai_synth.training import (
     AlignedLoss,
@@ -147,25 +146,15 @@ def test_a_prior_weight_that_is_none_is_refused(weight: Any) -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fad")
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(CLASSES):
-        (root / "source" / name).mkdir(parents=True)
-        for i in range(12):
-            image = rng.normal(50 + 70 * k, 10, (16, 16)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(image).save(root / "source" / name / f"{i}.png")
-    prepare_classes(root / "source", root / "prepared", splits=(0.7, 0.15, 0.15), progress=False)
+    prepare_classes(
+        shades(root / "source", list(CLASSES), step=70), root / "prepared", splits=(0.7, 0.15, 0.15), progress=False
+    )
     return root / "prepared"
 
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    args = {"backbone": "resnet18", "num_classes": 3, "image_channels": 1}
-    contract = {"classes": CLASSES, "image_channels": 1, "image_size": [16, 16]}
-    arch = {"target": "monai_synth.networks.ImageClassifier", "args": args}
-    path = tmp_path_factory.mktemp("expert") / "expert.pt"
-    save_atomic(trained_file("image_classifier", ImageClassifier("resnet18", 3, 1), arch, contract), path)
-    return path
+    return write_classifier(tmp_path_factory.mktemp("expert") / "expert.pt", CLASSES, seed=3)
 
 
 def test_a_dreambooth_batch_is_half_instances_and_an_epoch_sees_each_of_them_once(dataset: Path) -> None:
