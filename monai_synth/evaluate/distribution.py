@@ -11,7 +11,7 @@ distinct and changes the bias by a twentieth only, and that change is the same f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,45 @@ def kernel_result(
         "dimension": x.shape[1],
         "warnings": [],
     }
+
+
+def grouped_result(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    x: np.ndarray,
+    y: np.ndarray,
+    groups_x: Sequence[Any] | None = None,
+    groups_y: Sequence[Any] | None = None,
+    *,
+    seed: int = 0,
+    least: float | None = None,
+) -> dict[str, Any]:
+    """Any statistic of two sets of rows with the interval of this module.
+
+    Args:
+        statistic: of the rows of both sets.
+        x: a row for each image (or object) of the first set.
+        y: of the second.
+        groups_x: patient of each row; rows of one patient are left out together.
+        groups_y: likewise.
+        seed: of the division into groups.
+        least: the statistic is never below; the interval is cut there.
+
+    Returns:
+        ``{"value", "n": [n, m], "ci", "standard_error", "warnings"}``; value None where a side has no row.
+    """
+    if not (len(x) and len(y)):
+        why = "a side has nothing to measure"
+        return {"value": None, "n": [len(x), len(y)], "ci": None, "standard_error": None, "warnings": [why]}
+    gx, gy = common_groups(groups_x, groups_y, len(x), len(y), seed)
+    without = [[], []]
+    if gx is not None and gy is not None:
+        groups = range(gx.max() + 1)
+        without = [[statistic(x[gx != g], y) for g in groups], [statistic(x, y[gy != g]) for g in groups]]
+    variance = sum(jackknife_variance(np.asarray(side)) for side in without)
+    result = result_of(float(statistic(x, y)), len(x), len(y), variance, len(without[0]))
+    if result["ci"] and least is not None:
+        result["ci"] = [max(least, edge) for edge in result["ci"]]
+    return result | {"warnings": []}
 
 
 def checked_features(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
