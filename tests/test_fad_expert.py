@@ -43,8 +43,8 @@ from monai_synth.training.expert_training import experts_figure, random_flips, r
 CONFIG = BUNDLES / "fad" / "configs" / "train_expert.json"
 SIZE = 24
 TINY = {
-    "preset": "demo", "image_size": [SIZE, SIZE], "max_epochs": 4, "batch_size": 10, "learning_rate": 0.002,
-    "lr_gamma": 0.7, "save_interval": 4, "device": "cpu",
+    "preset": "demo", "backbone": "resnet18", "image_size": [SIZE, SIZE], "max_epochs": 4, "batch_size": 10,
+    "learning_rate": 0.002, "lr_gamma": 0.7, "save_interval": 4, "device": "cpu",
 }  # fmt: skip
 
 
@@ -163,6 +163,7 @@ def test_published_weights_are_normalised_by_imagenet_and_kept_but_for_the_last_
 @pytest.mark.parametrize(
     ("backbone", "weights", "size", "words"),
     [
+        ("resnet_small", None, (32, 32), r"no published weights of resnet_small; .*: give --weights random"),
         (
             "resnet50",
             None,
@@ -170,7 +171,7 @@ def test_published_weights_are_normalised_by_imagenet_and_kept_but_for_the_last_
             r"no --weights .*; download .*resnet50-0676ba61\.pth .*--weights random",
         ),
         ("resnet50", "gone.pth", [224, 224], r"no weights file gone\.pth; download .*resnet50-0676ba61\.pth"),
-        ("resnet5", "random", [224, 224], "backbone 'resnet5'; allowed are resnet18"),
+        ("resnet5", "random", [224, 224], "backbone 'resnet5'; allowed are resnet_small"),
         ("resnet18", "random", [24, 24, 24], r"image_size is \[24, 24, 24\]; experts take images of two axes"),
     ],
 )

@@ -278,7 +278,7 @@ def test_every_parameter_of_a_transformer_is_trained():
         ({"backbone": "vit_ti_16"}, r"vit_ti_16 is made for one size of images; give image_size"),
         ({"backbone": "vit_ti_16", "image_size": [40, 32]}, r"image_size is \[40, 32\]; .* multiples of 16"),
         ({"backbone": "vit_ti_16", "image_size": [32]}, "a height and a width"),
-        ({"backbone": "vgg"}, "backbone 'vgg'; allowed are resnet18"),
+        ({"backbone": "vgg"}, "backbone 'vgg'; allowed are resnet_small, resnet18"),
         ({"num_classes": 1}, "2 or more classes"),
         ({"image_channels": 2}, "1 or 3 channels"),
         ({"std": [0.0]}, "std above 0"),
@@ -293,3 +293,17 @@ def test_options_out_of_range_are_refused(options, match):
 def test_images_of_another_form_are_refused():
     with pytest.raises(UserError, match=r"takes \(B, 1, H, W\)"):
         ImageClassifier()(torch.rand(1, 3, 28, 28))
+
+
+def test_the_small_resnet_keeps_the_full_size_until_its_second_block_and_has_no_published_weights(tmp_path):
+    network = ImageClassifier("resnet_small", 3).eval()
+    shapes = []
+    for layer in (network.backbone.layer1, network.backbone.layer4):
+        layer.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    assert network(torch.rand(1, 1, 32, 32)).shape == (1, 3)
+    assert shapes == [(16, 32, 32), (128, 4, 4)]
+    torch.save(network.backbone.state_dict(), tmp_path / "own.pth")
+    with pytest.raises(
+        UserError, match=r"no published weights of resnet_small; train it from scratch, or take resn"
+    ):
+        network.load_backbone_weights(tmp_path / "own.pth")
