@@ -19,10 +19,11 @@ from monai_synth import cli
 from monai_synth.data.classes import prepare_classes
 from monai_synth.data.pair_files import write_image
 from monai_synth.errors import UserError
-from monai_synth.evaluate import fidelity as module
+from monai_synth.evaluate import fidelity_compare as module
 from monai_synth.evaluate.distribution import frechet_distance
 from monai_synth.evaluate.features import trained_classifier
-from monai_synth.evaluate.fidelity import Settings, evaluate_fidelity, metric_keys
+from monai_synth.evaluate.fidelity import Settings, evaluate_fidelity
+from monai_synth.evaluate.fidelity_compare import metric_keys
 from monai_synth.evaluate.image_sets import read_sets
 from monai_synth.evaluate.similarity import ssim
 
@@ -115,7 +116,8 @@ def test_every_number_comes_with_n_and_an_interval_around_it(content: dict[str, 
 
 def test_distances_of_a_classifiers_features_are_never_called_fid(content: dict[str, Any]) -> None:
     for metrics in whole(content).values():
-        assert list(metrics) == ["frechet_classifier", "kernel_classifier", "ssim", "ms_ssim"]
+        neighbours = ["precision_classifier", "recall_classifier", "density_classifier", "coverage_classifier"]
+        assert list(metrics) == ["frechet_classifier", "kernel_classifier", *neighbours, "ssim", "ms_ssim"]
     assert metric_keys("inception") == ("fid", "kid")
     assert metric_keys("unknown_inception") == ("frechet_unknown_inception", "kernel_unknown_inception")
     page = (content["out"] / "report.html").read_text()
@@ -160,7 +162,8 @@ def test_each_class_is_compared_with_the_same_class_and_not_with_the_control(con
 def test_the_table_for_programs_holds_every_number(content: dict[str, Any]) -> None:
     with open(content["out"] / "fidelity.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == sum(len(e["metrics"]) for e in content["pairs"])
+    within = sum(len(record["within"]) for record in content["sets"].values())
+    assert len(rows) == sum(len(e["metrics"]) for e in content["pairs"]) + within
     first = rows[0]
     assert (first["a"], first["b"], first["metric"], first["n_a"]) == (
         "real_train", "real_test", "frechet_classifier", "40",
@@ -189,14 +192,14 @@ def test_the_page_holds_all_in_itself_and_no_real_image_unless_asked(
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "src='data:image/png" in page
     assert "Images: real training" not in page
-    assert page.count("<img") == 2
+    assert page.count("<img") == 3
     settings = Settings(
         **folders, out=str(tmp_path / "o"), num_pairs=5, show_real=True, cache=str(content["out"] / "features")
     )
     evaluate_fidelity(settings, report=lambda _: None)
     shown = (tmp_path / "o" / "report.html").read_text()
     assert "Images: real training" in shown
-    assert shown.count("<img") == 5
+    assert shown.count("<img") == 6
     assert not (tmp_path / "o" / "features").exists()
 
 
@@ -245,7 +248,7 @@ def test_without_control_there_are_three_pairs_and_without_network_only_similari
     assert cli.main([*command, "--out", str(out), "--num-pairs", "20", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "n=20" in printed
-    assert "give --inception (FID, KID) or --extractor" in printed
+    assert "give --inception (FID, KID), --radimagenet or --extractor" in printed
     content = json.loads((out / "fidelity.json").read_text())
     assert list(whole(content)) == TEXT_ORDER[:3]
     assert list(whole(content)["synthetic", "real_test"]) == ["ssim", "ms_ssim"]
@@ -265,7 +268,8 @@ def test_published_inception_weights_give_fid_and_kid_beside_the_texts_fid(
     publish(monkeypatch, path)
     settings = Settings(**folders, inception=str(path), out=str(tmp_path / "o"), num_pairs=5)
     metrics = whole(evaluate_fidelity(settings, report=lambda _: None))["synthetic", "real_train"]
-    assert list(metrics)[:4] == ["fid", "kid", "frechet_classifier", "kernel_classifier"]
+    assert list(metrics)[:3] == ["fid", "kid", "precision_inception"]
+    assert {"frechet_classifier", "kernel_classifier"} < set(metrics)
     assert "2048 features" in metrics["fid"]["warnings"][0]
     page = (tmp_path / "o" / "report.html").read_text()
     assert "FID ↓" in page
@@ -390,7 +394,7 @@ def test_no_more_than_a_batch_of_images_is_read_before_it_is_compared(
     monkeypatch.setattr(module.similarity, "ssim", lambda x, y: sizes.append(len(x)) or original(x, y))
     settings = Settings(folders["real"], folders["synthetic"], str(tmp_path / "o"), num_pairs=20, batch_size=8)
     evaluate_fidelity(settings, report=lambda _: None)
-    assert sizes == [8, 8, 4] * 3
+    assert sizes == [8, 8, 4] * 6
 
 
 def test_pneumonia_test_images_are_nearer_to_the_training_images_than_noise(test_data: Path, tmp_path: Path) -> None:

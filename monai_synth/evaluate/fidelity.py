@@ -6,8 +6,7 @@ A distance between the real training and test images stands first: it is what a 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,18 @@ from tqdm import tqdm
 from monai_synth.checks import chosen_device
 from monai_synth.errors import UserError
 from monai_synth.evaluate import features as door
-from monai_synth.evaluate import similarity
-from monai_synth.evaluate.distribution import frechet_result, kernel_result
-from monai_synth.evaluate.feature_cache import FeatureCache
+from monai_synth.evaluate import hu_fidelity, mask_fidelity, neighbours, similarity
+from monai_synth.evaluate.consistency import SegmenterOptions
+from monai_synth.evaluate.feature_cache import FeatureCache, content_hash
+from monai_synth.evaluate.fidelity_compare import Measures, metric_keys, neighbour_keys
+from monai_synth.evaluate.fidelity_parts import judge_consistency, judge_hu, judge_masks, judge_nodules, judge_paired
 from monai_synth.evaluate.fidelity_report import check_report, write_report
-from monai_synth.evaluate.image_sets import NAMES, ImageSet, read_sets
+from monai_synth.evaluate.fidelity_sets import AnySet, CaseImages, read_any_sets
+from monai_synth.evaluate.fidelity_text import answers, console_lines
+from monai_synth.evaluate.image_sets import NAMES
+from monai_synth.evaluate.perceptual import lpips_distance
+from monai_synth.evaluate.radimagenet import radimagenet
+from monai_synth.evaluate.tracking import log_report, tracking_uri
 from monai_synth.export.provenance import package_versions
 
 # Table 1 of the X-ray text: pairs in its order, with its FID and SSIM.
@@ -36,7 +42,6 @@ TEXT_PAIRS: dict[tuple[str, str], dict[str, float]] = {
     ("synthetic", "control"): {"fid": 335.008, "ssim": 0.0424},
 }
 _MIX = 0.05  # difference of a class's share of two sets that is worth a warning
-_MAX_VALUES = 1 << 22  # of a batch of images in double precision, of which SSIM holds about ten
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,16 @@ class Settings:
     """What a user chooses.
 
     Attributes:
-        real: prepared dataset of classes.
-        synthetic: folder of sampled images.
+        real: prepared dataset, nnU-Net raw dataset or folder of images.
+        synthetic: folder of sampled images; any of these forms.
         out: folder of the report.
-        control: another prepared dataset, for comparison.
+        control: another one, for comparison.
         inception: file of Inception weights.
+        inception_resize: of ``features.INCEPTION_RESIZES``.
+        radimagenet: file of RadImageNet's ResNet-50.
+        lpips: file of the trunk of LPIPS.
         extractor: file of a classifier of ``experiment classifier``.
-        allow_unknown_weights: take Inception weights of an unknown hash.
+        allow_unknown_weights: take weights of an unknown hash.
         max_images: of each set.
         num_pairs: pairs of images for the similarities.
         seed: of everything that is drawn.
@@ -60,6 +68,10 @@ class Settings:
         cache: folder of features. None: ``features`` in ``out``.
         overwrite: replace a report.
         show_real: put real images into the page.
+        consistency: train a segmenter on real pairs and let it judge images against their masks.
+        consistency_steps: of its training.
+        consistency_size: pixels of the longer side that it sees.
+        mlflow: where to log a copy of the results. None: ``MLFLOW_TRACKING_URI`` if that is set, else nowhere.
     """
 
     real: str
@@ -67,6 +79,9 @@ class Settings:
     out: str
     control: str | None = None
     inception: str | None = None
+    inception_resize: str = "tensorflow"
+    radimagenet: str | None = None
+    lpips: str | None = None
     extractor: str | None = None
     allow_unknown_weights: bool = False
     max_images: int = 1000
@@ -78,6 +93,10 @@ class Settings:
     cache: str | None = None
     overwrite: bool = False
     show_real: bool = False
+    consistency: bool = False
+    consistency_steps: int = 400
+    consistency_size: int = 96
+    mlflow: str | None = None
 
 
 def evaluate_fidelity(settings: Settings, *, report: Callable[[str], object] = print) -> dict[str, Any]:
@@ -91,105 +110,143 @@ def evaluate_fidelity(settings: Settings, *, report: Callable[[str], object] = p
         The content of ``fidelity.json``.
 
     Raises:
-        UserError: see `read_sets`, `features.inception` and `features.trained_classifier`; a report that is there;
-        numbers out of their range.
+        UserError: see `read_any_sets` and the feature door (`features`, `radimagenet`, `perceptual`); a report that is
+        there; numbers out of their range.
     """
     if settings.num_pairs < 1 or settings.batch_size < 1:
         msg = f"num_pairs is {settings.num_pairs}, batch_size {settings.batch_size}; each must be 1 or more"
         raise UserError(msg)
     out = Path(settings.out).expanduser().absolute()
     check_report(out, overwrite=settings.overwrite)
+    uri = tracking_uri(settings.mlflow)
+    options = SegmenterOptions(settings.consistency_steps, settings.consistency_size, settings.seed)
     device = torch.device(chosen_device(settings.device))
-    sets, warnings = read_sets(
+    kind, sets, warnings = read_any_sets(
         settings.real, settings.synthetic, settings.control, max_images=settings.max_images, seed=settings.seed
     )
-    extractors = _extractors(settings, device)
+    extractors, perceptual = _extractors(settings, device)
     for extractor in extractors:
         if extractor.channels == 1 and sets["synthetic"].form[0] == 3:
             raise UserError(f"the {extractor.title} takes grey images, these are RGB; give one trained on RGB images")
         warnings += extractor.warnings
         if extractor.details.get("fingerprint") not in (None, sets["real_train"].fingerprint):
             warnings.append(f"the {extractor.title} was trained on another dataset than the one given as --real")
+    warnings += perceptual.warnings if perceptual else ()
     if not extractors:
-        warnings.append("no distance of distributions: give --inception (FID, KID) or --extractor for one")
-    warnings += _mixes(sets, settings.per_class)
+        warnings.append(
+            "no distance of distributions: give --inception (FID, KID), --radimagenet or --extractor for one"
+        )
+    warnings += _mixes(sets, settings.per_class) + _copies(sets)
     cache = Path(settings.cache).expanduser() if settings.cache else out / "features"
     features = {extractor.key: _features(sets, extractor, cache, settings.batch_size) for extractor in extractors}
-    classes = [None, *(_classes(sets) if settings.per_class else ())]
+    measures = Measures(
+        extractors, features, perceptual, settings.num_pairs, settings.batch_size, settings.seed, device
+    )
+    entries = _entries(sets, measures, _classes(sets) if settings.per_class else ())
+    records = {key: image_set.record() | {"within": measures.within(image_set)} for key, image_set in sets.items()}
+    content: dict[str, Any] = {"metric": "fidelity", "kind": kind, "answers": [], "pairs": entries, "sets": records}
+    figures: dict[str, Any] = {}
+    made, real = sets["synthetic"], sets["real_train"]
+    if isinstance(made, CaseImages) and isinstance(real, CaseImages):
+        content["paired"] = judge_paired(made, real, measures)
+        if kind == "ct":
+            judge_hu(sets, content, figures, seed=settings.seed)
+            judge_nodules(sets, content, measures, cache)
+        if kind in ("pairs", "ct"):
+            judge_masks(sets, content, figures, seed=settings.seed)
+            if settings.consistency:
+                judge_consistency(sets, content, figures, options, device)
+    if settings.consistency and "consistency" not in content:
+        warnings.append("consistency was asked for, but these images have no masks; it is for pairs and CT slices")
+    content |= {
+        "extractors": {
+            e.key: {"title": e.title, "recipe": e.recipe, "weights_sha256": e.weights_sha256} for e in extractors
+        },
+        "recipe": _recipes(content, measures, made.form),
+        "warnings": warnings,
+        "seed": settings.seed,
+        "versions": package_versions(),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in _PATHS} | {"device": str(device)},
+    }
+    if perceptual:
+        content["extractors"]["lpips"] = {
+            "title": perceptual.title, "recipe": perceptual.recipe, "weights_sha256": perceptual.weights_sha256,
+        }  # fmt: skip
+    content["answers"] = answers(content)
+    write_report(out, content, sets, figures, show_real=settings.show_real)
+    for line in console_lines(content):
+        report(line)
+    report(f"report: {out / 'report.html'}")
+    values = {f"{e['a']} to {e['b']}": e["metrics"] for e in entries if e["class"] is None}
+    values |= {key: content[key] for key in ("paired", "consistency") if content.get(key)}
+    values |= {f"{e['a']} to {e['b']}/{key}": e[key] for e in entries for key in ("hu", "masks") if e.get(key)}
+    log_report(
+        uri, experiment="fidelity", run=made.dataset, values=values, params=content["settings"],
+        files=[out / "report.html", out / "fidelity.json"],
+    )  # fmt: skip
+    return content
+
+
+_PATHS = (
+    "real", "synthetic", "out", "control", "inception", "radimagenet", "lpips", "extractor", "cache", "overwrite",
+    "device", "mlflow",
+)  # fmt: skip
+
+
+def _entries(sets: Mapping[str, AnySet], measures: Measures, classes: list[str] | tuple) -> list[dict[str, Any]]:
+    """Each pair of sets, as a whole and by class."""
     plans = [
         (a, b, name)
-        for name in classes
+        for name in (None, *classes)
         for a, b in TEXT_PAIRS
         if a in sets and b in sets and not (name is not None and "control" in (a, b))
     ]
     entries = []
     with tqdm(total=len(plans), desc="pairs of sets", unit="pair") as bar:
         for a, b, name in plans:
-            chosen = [np.arange(len(sets[k])) if name is None else sets[k].of_class(name) for k in (a, b)]
-            metrics = _compare(sets[a], sets[b], chosen, features, extractors, settings, device)
-            text = TEXT_PAIRS[a, b] if name is None else None
+            pair = sets[a], sets[b]
+            chosen = [np.arange(len(s)) if name is None else s.of_class(name) for s in pair]
+            patients = [np.asarray(s.patients)[c] for s, c in zip(pair, chosen, strict=True)]
+            metrics = measures.of_features(*pair, chosen, patients) | measures.of_random_pairs(*pair, chosen, patients)
+            is_text = name is None and not isinstance(pair[0], CaseImages)
+            text = TEXT_PAIRS[a, b] if is_text else None
             entries.append({"a": a, "b": b, "class": name, "metrics": metrics, "text": text})
             bar.update()
-    content = {
-        "metric": "fidelity",
-        "pairs": entries,
-        "sets": {key: image_set.record() for key, image_set in sets.items()},
-        "extractors": {
-            e.key: {"title": e.title, "recipe": e.recipe, "weights_sha256": e.weights_sha256} for e in extractors
-        },
-        "recipe": {
-            "ssim": similarity.SSIM_RECIPE,
-            "ms_ssim": similarity.ms_ssim_recipe(sets["synthetic"].form[1:]),
-            **{key: value for e in extractors for key, value in zip(metric_keys(e.key), [e.recipe] * 2, strict=True)},
-        },
-        "warnings": warnings,
-        "seed": settings.seed,
-        "versions": package_versions(),
-        "settings": {k: v for k, v in asdict(settings).items() if k not in _PATHS} | {"device": str(device)},
-    }
-    write_report(out, content, sets, show_real=settings.show_real)
-    for line in console_lines(content):
-        report(line)
-    report(f"report: {out / 'report.html'}")
-    return content
+    return entries
 
 
-_PATHS = ("real", "synthetic", "out", "control", "inception", "extractor", "cache", "overwrite", "device")
-
-
-def metric_keys(extractor: str) -> tuple[str, str]:
-    """Names of the Frechet and the kernel distance of an extractor; only Inception's published weights give FID."""
-    return ("fid", "kid") if extractor == "inception" else (f"frechet_{extractor}", f"kernel_{extractor}")
-
-
-def console_lines(content: Mapping[str, Any]) -> list[str]:
-    """The results as text."""
-    lines = []
-    for entry in content["pairs"]:
-        of_class = f" ({entry['class']})" if entry["class"] is not None else ""
-        lines.append(f"{NAMES[entry['a']]} | {NAMES[entry['b']]}{of_class}")
-        for key, number in entry["metrics"].items():
-            n = number["n"] if isinstance(number["n"], int) else " and ".join(map(str, number["n"]))
-            if number["value"] is None:
-                lines.append(f"  {key:<18} not measured: {number['warnings'][0]}")
-                continue
-            interval = "[{:.4g}, {:.4g}]".format(*number["ci"]) if number["ci"] else "no interval"
-            lines.append(f"  {key:<18} {number['value']:.4g}  {interval}  n={n}")
-    return lines + [f"warning: {text}" for text in content["warnings"]]
-
-
-def _extractors(settings: Settings, device: torch.device) -> list[door.Extractor]:
+def _extractors(settings: Settings, device: torch.device) -> tuple[list[door.Extractor], Any]:
+    """Extractors of features, and LPIPS or None."""
+    allow = {"device": device, "allow_unknown_weights": settings.allow_unknown_weights}
     found = []
     if settings.inception is not None:
-        allow = settings.allow_unknown_weights
-        found.append(door.inception(settings.inception, device=device, allow_unknown_weights=allow))
+        found.append(door.inception(settings.inception, resize=settings.inception_resize, **allow))
+    if settings.radimagenet is not None:
+        found.append(radimagenet(settings.radimagenet, **allow))
     if settings.extractor is not None:
         found.append(door.trained_classifier(settings.extractor, device=device))
-    return found
+    return found, None if settings.lpips is None else lpips_distance(settings.lpips, **allow)
+
+
+def _recipes(content: Mapping[str, Any], measures: Measures, form: tuple[int, int, int]) -> dict[str, str]:
+    recipes = {"ssim": similarity.SSIM_RECIPE, "ms_ssim": similarity.ms_ssim_recipe(form[1:])}
+    for e in measures.extractors:
+        recipes |= dict.fromkeys(metric_keys(e.key), e.recipe)
+        recipes |= dict.fromkeys(neighbour_keys(e.key), f"{neighbours.RECIPE}; features: {e.recipe}")
+    if measures.perceptual:
+        recipes["lpips"] = measures.perceptual.recipe
+    first = content["pairs"][0]
+    if "hu" in first:
+        recipes["hu"] = hu_fidelity.RECIPE.format(*hu_fidelity.CT_WINDOW)
+    if "masks" in first:
+        recipes["masks"] = mask_fidelity.RECIPE
+    if "consistency" in content:
+        recipes["consistency"] = content["consistency"]["recipe"]
+    return recipes
 
 
 def _features(
-    sets: Mapping[str, ImageSet], extractor: door.Extractor, cache: Path, batch_size: int
+    sets: Mapping[str, AnySet], extractor: door.Extractor, cache: Path, batch_size: int
 ) -> dict[str, np.ndarray]:
     store = FeatureCache(cache, extractor)
     total = sum(len(image_set) for image_set in sets.values())
@@ -200,68 +257,24 @@ def _features(
         }
 
 
-def _compare(
-    a: ImageSet,
-    b: ImageSet,
-    chosen: Sequence[np.ndarray],
-    features: Mapping[str, Mapping[str, np.ndarray]],
-    extractors: Sequence[door.Extractor],
-    settings: Settings,
-    device: torch.device,
-) -> dict[str, dict[str, Any]]:
-    """All metrics of the chosen images of two sets."""
-    sizes = [len(c) for c in chosen]
-    metrics: dict[str, dict[str, Any]] = {}
-    patients = [np.asarray(s.patients)[c] for s, c in zip((a, b), chosen, strict=True)]
-    for extractor in extractors:
-        frechet, kernel = metric_keys(extractor.key)
-        if min(sizes) < 2:
-            metrics |= dict.fromkeys((frechet, kernel), _unmeasured(sizes, "2 images or more are needed on each side"))
-            continue
-        x, y = (features[extractor.key][s.key][c] for s, c in zip((a, b), chosen, strict=True))
-        metrics[frechet] = frechet_result(x, y, *patients, seed=settings.seed)
-        metrics[kernel] = kernel_result(x, y, *patients, seed=settings.seed)
-    names = ("ssim", "ms_ssim")
-    if min(a.form[1:]) < similarity.WINDOW:
-        why = f"images of {a.form[1]} x {a.form[2]} are smaller than the window of {similarity.WINDOW} pixels"
-        return metrics | dict.fromkeys(names, _unmeasured(0, why))
-    if min(sizes) < 1:
-        return metrics | dict.fromkeys(names, _unmeasured(0, "a side has no image"))
-    seed = [settings.seed, zlib.crc32(f"{a.key} {b.key}".encode())]
-    pairs = similarity.random_pairs(*sizes, settings.num_pairs, seed)
-    values = _similarities(a, b, [c[p] for c, p in zip(chosen, pairs.T, strict=True)], settings.batch_size, device)
-    groups = [p[i] for p, i in zip(patients, pairs.T, strict=True)]
-    for name, column in zip(names, values, strict=True):
-        metrics[name] = similarity.mean_of_pairs(column, *groups) | {"warnings": []}
-    return metrics
+def _copies(sets: Mapping[str, AnySet]) -> list[str]:
+    """A warning where synthetic images equal real ones, pixel by pixel."""
+    hashes = {key: [content_hash(read()) for read in s.readers()] for key, s in sets.items() if key != "control"}
+    real = set().union(*(found for key, found in hashes.items() if key != "synthetic"))
+    num = sum(found in real for found in hashes["synthetic"])
+    if not num:
+        return []
+    total = len(hashes["synthetic"])
+    what = "all synthetic images are" if num == total else f"{num} of {total} synthetic images are"
+    return [f"{what} equal to a real one, pixel by pixel: copies, of which these numbers think too well"]
 
 
-def _similarities(
-    a: ImageSet, b: ImageSet, chosen: Sequence[np.ndarray], batch_size: int, device: torch.device
-) -> np.ndarray:
-    """SSIM and MS-SSIM of pairs, (2, P)."""
-    readers = a.readers(), b.readers()
-    rows = []
-    step = max(1, min(batch_size, _MAX_VALUES // int(np.prod(a.form))))
-    for start in range(0, len(chosen[0]), step):
-        x, y = (
-            torch.from_numpy(np.stack([read[i]() for i in c[start : start + step]])).to(device).double() / 255
-            for read, c in zip(readers, chosen, strict=True)
-        )
-        rows.append(torch.stack([similarity.ssim(x, y), similarity.ms_ssim(x, y)]).cpu().numpy())
-    return np.concatenate(rows, axis=1)
-
-
-def _unmeasured(n: Any, why: str) -> dict[str, Any]:
-    return {"value": None, "n": n, "ci": None, "standard_error": None, "warnings": [why]}
-
-
-def _classes(sets: Mapping[str, ImageSet]) -> list[str]:
+def _classes(sets: Mapping[str, AnySet]) -> list[str]:
     """Of all sets but the control, whose classes do not matter."""
     return sorted({name for key, image_set in sets.items() if key != "control" for name in image_set.labels})
 
 
-def _mixes(sets: Mapping[str, ImageSet], per_class: bool) -> list[str]:
+def _mixes(sets: Mapping[str, AnySet], per_class: bool) -> list[str]:
     """Warnings where two sets hold the classes in other shares: part of their distance is just that."""
     shares = {
         key: {name: len(sets[key].of_class(name)) / len(sets[key]) for name in _classes(sets)}

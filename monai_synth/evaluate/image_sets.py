@@ -27,7 +27,7 @@ NAMES = {
     "synthetic": "synthetic",
     "control": "control",
 }
-_STRETCH = 0.02  # relative difference of the ratios of height and width that a resize may have
+STRETCH = 0.02  # relative difference of the ratios of height and width that a resize may have
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _draw(
         cases = [cases[i] for i in np.sort(chosen)]
     sizes = Counter(_size(case["image"]) for case in cases)
     for h, w in sizes:
-        if abs(h * form[2] / (w * form[1]) - 1) > _STRETCH:
+        if abs(h * form[2] / (w * form[1]) - 1) > STRETCH:
             msg = f"the set {NAMES[key]!r} has images of {h} x {w}, the synthetic ones are {form[1]} x {form[2]}: "
             raise UserError(msg + f"resizing would stretch them; prepare it with --size {form[1]} {form[2]}")
     names = {number: name for name, number in dataset.classes.items()}

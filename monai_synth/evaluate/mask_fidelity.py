@@ -7,6 +7,7 @@ the statistic's own unit, and Kolmogorov and Smirnov's, the largest gap of the t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,13 @@ class MaskStatistics:
 
     Args:
         cases: with label maps; a label map's value 0 is background.
+        labels: name -> value of those to look at. Default: all that the set names.
     """
 
-    def __init__(self, cases: CaseSet) -> None:
+    def __init__(self, cases: CaseSet, labels: Mapping[str, int] | None = None) -> None:
         self.rows: dict[str, dict[str, list[float]]] = {}
         self.patients: dict[str, dict[str, list[str]]] = {}
-        names = {name: value for name, value in cases.labels.items() if value}
+        names = {name: value for name, value in (labels or cases.labels).items() if value}
         for name in names:
             self.rows[name] = {key: [] for key in STATISTICS}
             self.patients[name] = {key: [] for key in STATISTICS}
