@@ -96,7 +96,7 @@ def load_file(
 
     Args:
         path: the file.
-        stage: refuse a file of another stage (``autoencoder``, ``classifier``, ``diffusion``).
+        stage: refuse a file of another stage (``autoencoder``, ``classifier``, ``diffusion``, ``generator``).
         map_location: see ``torch.load``.
         option: by which the user named the file, or its folder.
 

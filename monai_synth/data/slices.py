@@ -58,6 +58,11 @@ def collapse_nodules(label: torch.Tensor) -> torch.Tensor:
     return label.clamp(max=NODULE_LABEL_MIN)
 
 
+def semantic_input(label: torch.Tensor, num_labels: int, collapse_nodule_labels: bool = False) -> torch.Tensor:
+    """What a network reads of label maps (B, 1, *S) at full size: (B, K, *S) of zeros and ones."""
+    return one_hot(collapse_nodules(label) if collapse_nodule_labels else label, num_labels)
+
+
 def check_labels(label: torch.Tensor | np.ndarray, num_labels: int, where: str) -> None:
     """Refuse a label map with a value outside 0..num_labels-1.
 

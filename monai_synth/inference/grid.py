@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from monai_synth.data.slices import slice_preprocessing
 from monai_synth.inference.classes import ClassInferer
 from monai_synth.inference.joint import JointInferer
 from monai_synth.inference.lsdm import LSDMInferer
+from monai_synth.inference.spade_gan import SPADEGANInferer
 from monai_synth.training.handlers import MLflowRun, rank
 from monai_synth.training.latents import LatentCache
 from monai_synth.training.pictures import colour_label, middle_picture, picture_grid, to_uint8
@@ -86,11 +88,23 @@ class GridHandler(ABC):
             logger.info(f"wrote {final}: {self.rows_are} from top to bottom")
 
 
+@dataclass(frozen=True)
+class SliceCases:
+    """Cases of a split and the size to which their slices and maps are brought."""
+
+    cases: Sequence[Mapping[str, Any]]
+    image_size: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+
 class SampleGrid(GridHandler):
     """Map above sample above real slice.
 
     Args:
-        caches: where the maps come from; the first that has cases.
+        caches: where the maps come from; the first that has cases. A list of cases and the size of its slices is
+            enough, see :class:`SliceCases`.
         inferer: samples images from maps.
         network: see :class:`GridHandler`, as all others.
         mlflow: the run.
@@ -100,7 +114,12 @@ class SampleGrid(GridHandler):
     rows_are = "maps, samples and real slices"
 
     def __init__(
-        self, caches: list[LatentCache], inferer: LSDMInferer, network: nn.Module, mlflow: MLflowRun, **options: Any
+        self,
+        caches: Sequence[LatentCache | SliceCases],
+        inferer: LSDMInferer | SPADEGANInferer,
+        network: nn.Module,
+        mlflow: MLflowRun,
+        **options: Any,
     ) -> None:
         super().__init__(network, mlflow, **options)
         self.cache = next((c for c in caches if len(c)), caches[0])
@@ -113,7 +132,7 @@ class SampleGrid(GridHandler):
         return [cases[i * len(cases) // n] for i in range(n)]
 
     def rows(self) -> Rows:
-        transform = slice_preprocessing(self.cache.image_size, num_labels=self.inferer.codec.num_labels)
+        transform = slice_preprocessing(self.cache.image_size, num_labels=self.inferer.num_labels)
         items = [transform(case) for case in self._cases()]
         label = torch.stack([item["label"] for item in items]).to(self.device)
         images = self.inferer(label, self.network, seeds=self.seeds[: len(items)])

@@ -74,6 +74,11 @@ class LSDMInferer(Inferer):
         self.cache_modulations = cache_modulations
         make_sampler(sampler, schedule, num_steps)  # refuse wrong settings before any work
 
+    @property
+    def num_labels(self) -> int:
+        """Labels of the model."""
+        return self.codec.num_labels
+
     def __call__(
         self,
         inputs: Tensor,

@@ -101,11 +101,11 @@ def load_lsdm(
 
 
 @dataclass
-class DiffusionModel:
-    """A diffusion model that is one trained file.
+class OneFileModel:
+    """A model that is one trained file.
 
     Attributes:
-        network: the denoiser.
+        network: the denoiser, or a generator.
         contract: what it was trained with.
         checkpoints: file name -> SHA-256, for the provenance.
     """
@@ -116,27 +116,28 @@ class DiffusionModel:
 
 
 def load_model(
-    bundle: str, ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str = "cpu"
-) -> DiffusionModel:
-    """Load the diffusion model of a bundle whose model is one file.
+    bundle: str, ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str = "cpu", stage: str = "diffusion"
+) -> OneFileModel:
+    """Load the model of a bundle whose model is one file.
 
     Args:
         bundle: name of the bundle, e.g. "jdm" or "cfg_ddpm".
         ckpt_dir: folder with the model.
         model_file: name of its file.
         device: where to sample.
+        stage: what the file holds, "diffusion" or "generator".
 
     Raises:
-        UserError: the file is missing, damaged or of another bundle.
+        UserError: the file is missing, damaged or of another bundle or stage.
     """
     path = Path(ckpt_dir) / model_file
-    content = _of_bundle(bundle, path)
+    content = _of_bundle(bundle, path, stage)
     network = restore_network(content, path).to(device)
-    return DiffusionModel(network, content["contract"], {model_file: sha256_of(path)})
+    return OneFileModel(network, content["contract"], {model_file: sha256_of(path)})
 
 
-def _of_bundle(bundle: str, path: Path) -> dict[str, Any]:
-    content = load_file(path, stage="diffusion")
+def _of_bundle(bundle: str, path: Path, stage: str = "diffusion") -> dict[str, Any]:
+    content = load_file(path, stage=stage)
     there = content["contract"].get("bundle")
     if there != bundle:
         raise UserError(f"{path} was trained by the bundle {there!r}, this is {bundle!r}; give the right --ckpt_dir")

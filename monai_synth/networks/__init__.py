@@ -8,6 +8,7 @@ from monai_synth.networks.image_classifier import ImageClassifier
 from monai_synth.networks.joint_unet import JointUNet
 from monai_synth.networks.noisy_classifier import NoisyClassifier
 from monai_synth.networks.spade import SPADE, pool_semantic
+from monai_synth.networks.spade_gan import MapDiscriminator, SPADEGenerator
 from monai_synth.networks.spade_unet import SPADEUNet
 from monai_synth.networks.text_unet import TextUNet
 
@@ -16,7 +17,9 @@ __all__ = [
     "ClassUNet",
     "ImageClassifier",
     "JointUNet",
+    "MapDiscriminator",
     "NoisyClassifier",
+    "SPADEGenerator",
     "SPADEUNet",
     "TextUNet",
     "pool_semantic",

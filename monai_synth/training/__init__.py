@@ -70,6 +70,7 @@ from monai_synth.training.prepare_batch import (
     LatentDiffusionPrepareBatch,
     NoisyCropPrepareBatch,
 )
+from monai_synth.training.spade_gan import MapPrepareBatch, SPADEGANTrainer, ttur_rates
 from monai_synth.training.text import class_prompts, hash_of, text_network, where_from
 
 __all__ = [
@@ -100,12 +101,14 @@ __all__ = [
     "LatentDiffusionPrepareBatch",
     "LossPlot",
     "MLflowRun",
+    "MapPrepareBatch",
     "NoduleCropDataset",
     "NoisyCropPrepareBatch",
     "PerceptualLoss",
     "PriorPreservationLoss",
     "Reconstruction",
     "RunProgress",
+    "SPADEGANTrainer",
     "SharedHandler",
     "StageCheckpoint",
     "ValidationRecord",
@@ -140,6 +143,7 @@ __all__ = [
     "run_training",
     "start_from",
     "text_network",
+    "ttur_rates",
     "weight_schedule",
     "where_from",
 ]

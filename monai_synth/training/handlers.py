@@ -125,7 +125,7 @@ class StageCheckpoint:
 
     Args:
         path: the trained file, e.g. ``models/autoencoder.pt``.
-        stage: ``autoencoder``, ``classifier`` or ``diffusion``.
+        stage: ``autoencoder``, ``classifier``, ``diffusion`` or ``generator``.
         objects: what has a ``state_dict`` and must be restored.
         export: network whose weights go into the trained file (the EMA, usually).
         arch: its architecture, see ``monai_synth.checkpoint.build_network``.

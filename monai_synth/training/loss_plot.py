@@ -24,14 +24,22 @@ class LossPlot:
         evaluator: the validator; its metrics are validation losses.
         mlflow: the run, which gets both files.
         interval: epochs between two pictures, and between two validations.
+        scale: of the picture's losses: "log", or "symlog" where they may be negative.
     """
 
     def __init__(
-        self, output_dir: str | Path, *, name: str, evaluator: Engine, mlflow: MLflowRun, interval: int
+        self,
+        output_dir: str | Path,
+        *,
+        name: str,
+        evaluator: Engine,
+        mlflow: MLflowRun,
+        interval: int,
+        scale: str = "log",
     ) -> None:
         self.table = Path(output_dir) / f"{name}_loss.csv"
         self.picture = self.table.with_suffix(".png")
-        self.evaluator, self.mlflow, self.interval = evaluator, mlflow, interval
+        self.evaluator, self.mlflow, self.interval, self.scale = evaluator, mlflow, interval, scale
         self.lines: list[dict[str, float]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -73,7 +81,7 @@ class LossPlot:
         for name in names:
             points = [(line["epoch"], line[name]) for line in self.lines if name in line]
             axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
-        axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+        axes.set(xlabel="epoch", ylabel="loss", yscale=self.scale)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())

@@ -12,7 +12,7 @@ from torch import nn
 
 from monai_synth.errors import UserError
 
-DECAYS = ("constant", "linear", "cosine")
+DECAYS = ("constant", "linear", "second_half", "cosine")
 
 
 def lr_decay(name: str, max_epochs: int) -> Callable[[int], float]:
@@ -28,6 +28,8 @@ def lr_decay(name: str, max_epochs: int) -> Callable[[int], float]:
         return lambda epoch: 1.0
     if name == "linear":
         return lambda epoch: max(0.0, 1.0 - epoch / max_epochs)
+    if name == "second_half":  # constant, then linear to 0
+        return lambda epoch: min(1.0, max(0.0, 2.0 * (1.0 - epoch / max_epochs)))
     if name == "cosine":
         return lambda epoch: 0.5 * (1.0 + math.cos(math.pi * min(epoch / max_epochs, 1.0)))
     raise UserError(f"unknown lr_decay {name!r}; allowed are {', '.join(DECAYS)}")
