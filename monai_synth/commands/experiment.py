@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from monai_synth.commands.experiment_lsdm import add_lsdm
 from monai_synth.commands.shared import (
     ImageSize,
     Named,
@@ -132,6 +133,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
             "the same noise and let trained classifiers judge them. The same command resumes a stopped experiment.",
         )
     )
+    add_lsdm(experiments)
 
 
 def _add_experiment_alignment(alignment: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,9 @@ class Convergence:
                 raise UserError(msg) from error
         return {"steps": self.steps, "bands": self.bands, "crop": self.crop, "features": found}
 
+    def is_done(self) -> bool:
+        return all(self._path(feature).is_file() for feature in FEATURES)
+
     def _path(self, feature: str) -> Path:
         record = {
             "files": self.model.files(), "steps": self.steps, "arch": self.arch, "crop": self.crop,
@@ -134,7 +138,7 @@ def _key(record: Mapping[str, Any]) -> str:
 def bands_of(num_timesteps: int) -> list[list[int]]:
     """(first, last) timestep of equally wide bands."""
     edges = np.linspace(0, num_timesteps, NUM_BANDS + 1).round().astype(int)
-    return [[int(a), int(b) - 1] for a, b in zip(edges, edges[1:], strict=False)]
+    return [[int(a), int(b) - 1] for a, b in itertools.pairwise(edges)]
 
 
 def train(
