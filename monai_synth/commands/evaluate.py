@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from monai_synth.commands.fidelity import add_fidelity
+from monai_synth.commands.memorization import add_memorization
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     semantic.add_argument("--seed", type=int, default=0, metavar="N", help="of the resampling; 0 or more (default: 0)")
     semantic.add_argument("--report", metavar="FILE", help="also write the results to this JSON file (default: none)")
     add_fidelity(metrics)
+    add_memorization(metrics)
 
 
 def _evaluate_semantic(arguments: argparse.Namespace) -> None:
