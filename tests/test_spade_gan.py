@@ -194,11 +194,12 @@ def test_the_rate_of_the_paper_is_whole_for_half_the_epochs_and_then_falls_to_ze
 
 
 def trainer(**values: Any) -> SPADEGANTrainer:
-    net, judge = generator(z_dim=values.pop("z_dim", 0)), discriminator()
+    chosen = {key: values.pop(key) for key in ("z_dim", "init_gain") if key in values}
+    net, judge, rate = generator(**chosen), discriminator(), values.pop("rate", 1e-3)
     items = [{"image": torch.rand(1, 64, 64) * 2 - 1, "label": label} for label in labels()]
     return SPADEGANTrainer(
         torch.device("cpu"), values.pop("max_epochs", 1), DataLoader(items, 4), net, judge,
-        torch.optim.Adam(net.parameters(), 1e-3, betas=(0.0, 0.9)),
+        torch.optim.Adam(net.parameters(), rate, betas=(0.0, 0.9)),
         torch.optim.Adam(judge.parameters(), 4e-3, betas=(0.0, 0.9)), prepare_batch=MapPrepareBatch(3), **values,
     )  # fmt: skip
 
@@ -247,10 +248,17 @@ def test_each_optimiser_moves_its_own_network_and_the_discriminator_learns_from_
         torch.testing.assert_close(a, b)
 
 
+def test_bfloat16_keeps_weights_in_float32() -> None:
+    made = trainer(amp=True, z_dim=6)
+    made.run()
+    assert {p.dtype for net in (made.generator, made.discriminator) for p in net.parameters()} == {torch.float32}
+    assert made.state.output["pred"].dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_a_short_training_brings_the_generator_to_the_images_of_its_maps() -> None:
     """Grey values 0.8, 0 and -0.8 of three labels: plain enough for 40 steps."""
-    made = trainer(max_epochs=40)
+    made = trainer(max_epochs=40, init_gain=1.0, rate=5e-3)
     grey = torch.tensor([0.8, 0.0, -0.8])
     made.data_loader = [{"image": grey[labels().long()], "label": labels()}]
     target = made.data_loader[0]["image"]
@@ -295,7 +303,7 @@ def test_the_paper_preset_holds_the_numbers_of_the_paper() -> None:
     assert paper["image_size"] == [512, 512]  # LSDM's text, Sec 4.1
     assert [*reversed(paper["channels"]), *paper["last_channels"]] == [1024, 1024, 1024, 512, 256, 128, 64]
     assert (paper["spade_hidden_channels"], paper["init_gain"]) == (128, 0.02)
-    assert (paper["learning_rate"], train["betas"], train["ttur"]) == (2e-4, [0.0, 0.9], True)
+    assert (paper["learning_rate"], train["betas"], paper["ttur"]) == (2e-4, [0.0, 0.9], True)
     assert (train["feature_weight"], train["perceptual_weight"], train["kl_weight"]) == (10.0, 10.0, 0.05)
     assert (paper["batch_size"], paper["max_epochs"], paper["lr_decay"]) == (32, 200, "second_half")
 
