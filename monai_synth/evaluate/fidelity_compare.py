@@ -79,7 +79,7 @@ class Measures:
             sides = [(x, patients[0]), (y, patients[1])]
             (judged, its), (real, theirs) = sides if judged_first else sides[::-1]
             found = neighbour_results(real, judged, theirs, its, seed=self.seed)
-            metrics |= {name: found[key] for name, key in zip(names, KEYS, strict=True)}
+            metrics |= {name: found[key] | {"n": list(sizes)} for name, key in zip(names, KEYS, strict=True)}
         return metrics
 
     def of_random_pairs(

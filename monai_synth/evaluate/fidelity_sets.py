@@ -168,7 +168,8 @@ def read_any_sets(
 def matched(synthetic: CaseImages, real: CaseImages) -> tuple[list[tuple[int, int]], CaseSet]:
     """Synthetic images and the real images of the same map: the case whose name a synthetic image carries.
 
-    Where both have label maps of one size, these must be equal too, else the image was made for another map.
+    Where both have label maps of one size, these must be equal too, else the image was made for another map. Two
+    folders may hold files of one name by chance: without maps only names that sampling gave (``CASE_s000000``) count.
 
     Returns:
         Pairs (number in ``synthetic``, number in the returned set), and all real cases of all splits.
@@ -184,17 +185,21 @@ def matched(synthetic: CaseImages, real: CaseImages) -> tuple[list[tuple[int, in
     by_id = {case.case_id: i for i, case in enumerate(every.cases)}
     pairs = []
     for i, case in enumerate(synthetic.cases.cases):
-        j = by_id.get(case.case_id, by_id.get(_SEED.sub("", case.case_id)))
-        if j is not None and _same_map(synthetic.cases, i, every, j):
+        source = _SEED.sub("", case.case_id)
+        j = by_id.get(source)
+        if j is not None and _same_map(synthetic.cases, i, every, j, sampled=source != case.case_id):
             pairs.append((i, j))
     return pairs, every
 
 
-def _same_map(a: CaseSet, i: int, b: CaseSet, j: int) -> bool:
+def _same_map(a: CaseSet, i: int, b: CaseSet, j: int, *, sampled: bool) -> bool:
+    """Whether two images of one name have one map; without maps to compare, a name that sampling gave decides."""
     if dict(a.labels) != dict(b.labels):
-        return True  # maps in other words, such as nodules only: the name decides
+        return sampled  # maps in other words, such as nodules only
     first, second = a.label(i), b.label(j)
-    return first is None or second is None or first.shape != second.shape or bool((first == second).all())
+    if first is None or second is None or first.shape != second.shape:
+        return sampled
+    return bool((first == second).all())
 
 
 def _task(folder: Path) -> str:
