@@ -50,9 +50,9 @@ def add_memorization(metrics: Any) -> None:
         help="held-out images to score, drawn at random; 2 or more (default: %(default)s)")  # fmt: skip
     add("--max-membership", type=int, default=2000, metavar="N",
         help="training and held-out images for the membership score; 2 or more (default: %(default)s)")  # fmt: skip
-    add("--candidates", type=int, default=8, metavar="N",
+    add("--candidates", type=int, default=12, metavar="N",
         help="training images that the coarse search finds for each; 1 or more (default: %(default)s)")  # fmt: skip
-    add("--exact", type=int, default=2, metavar="N",
+    add("--exact", type=int, default=3, metavar="N",
         help="of these, how many are compared pixel by pixel; 1 or more (default: %(default)s)")  # fmt: skip
     add("--cache", metavar="DIR", help="folder of features, by which the next run is quicker; as private as the images "
         "(default: none is kept)")  # fmt: skip

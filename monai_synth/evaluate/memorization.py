@@ -84,8 +84,8 @@ class Settings:
     size: tuple[int, ...] | None = None
     max_heldout: int = 2000
     max_membership: int = 2000
-    candidates: int = 8
-    exact: int = 2
+    candidates: int = 12
+    exact: int = 3
     extractor: str | None = None
     inception: str | None = None
     allow_unknown_weights: bool = False

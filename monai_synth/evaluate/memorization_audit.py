@@ -150,7 +150,9 @@ class ImageSearch:
                 ]
                 for i in rows
             ]
-            tasks.append((start, queries.cases.subset(list(rows)), self.train.cases.subset(wanted), wanted, jobs))
+            targets = self.whitenings[1].centres(self.train.pictures[wanted])
+            sets = queries.cases.subset(list(rows)), self.train.cases.subset(wanted)
+            tasks.append((start, *sets, wanted, targets, jobs))
         work = partial(_score_chunk, size=self.size, whitening=self.whitenings[1])
         results: list[dict[str, Any]] = [{} for _ in range(len(queries))]
         with tqdm(total=len(queries), desc=f"{label}: exact scores", unit="image") as bar:
@@ -168,18 +170,19 @@ def _coarse(pictures: np.ndarray) -> np.ndarray:
 
 
 def _score_chunk(
-    task: tuple[int, CaseSet, CaseSet, list[int], list[list[tuple[int, int, tuple[int, int]]]]],
+    task: tuple[int, CaseSet, CaseSet, list[int], np.ndarray, list[list[tuple[int, int, tuple[int, int]]]]],
     *,
     size: tuple[int, int],
     whitening: Whitening,
 ) -> tuple[int, list[dict[str, Any]]]:
-    start, queries, train, numbers, jobs = task
+    start, queries, train, numbers, targets, jobs = task
     out = []
     for i, job in enumerate(jobs):
         query = queries.picture(i, size)
         best: dict[str, Any] = {}
         for j, pose, shift in job:
-            scores = score_pair(query, train.picture(j, size), pose=pose, shift=shift, size=size, whitening=whitening)
+            reference = train.picture(j, size)
+            scores = score_pair(query, reference, targets[j], pose=pose, shift=shift, size=size, whitening=whitening)
             for name in ("features", "ssim"):
                 value = float(scores[name])
                 if name not in best or not value <= best[name]["value"]:

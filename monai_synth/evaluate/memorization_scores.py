@@ -49,7 +49,8 @@ def align(query: np.ndarray, reference: np.ndarray, start: Sequence[int], reach:
 
 def _edges(x: np.ndarray) -> np.ndarray:
     """The image without its slow parts, fading out at the border, where a cyclic shift has a seam."""
-    detail = x - ndimage.gaussian_filter(x, max(1.0, min(x.shape) / 16), mode="nearest", truncate=2)
+    box = max(3, min(x.shape) // 5)
+    detail = x - ndimage.uniform_filter(x, box, mode="nearest")
     return detail * np.outer(*(np.hanning(n + 2)[1:-1] ** 0.25 for n in x.shape)).astype(np.float32)
 
 
@@ -74,14 +75,17 @@ def similarity_of(query: np.ndarray, reference: np.ndarray, shift: Sequence[int]
     return float(ssim(x, y))
 
 
-def feature_similarity(
-    query: np.ndarray, reference: np.ndarray, shift: Sequence[int], reach: int, whitening: Whitening
-) -> float:
-    """Whitened cosine of small pictures of two grey images that lie on each other to the pixel; -1 to 1."""
-    moved = _moved(query, shift)
-    pictures = np.stack([small_picture(x[None], whitening.side)[None] for x in (moved, reference)])
-    a, b = whitening.centres(pictures)
-    return float(a @ b)
+def feature_similarity(query: np.ndarray, target: np.ndarray, shift: Sequence[int], whitening: Whitening) -> float:
+    """Whitened cosine of small pictures of images that lie on each other to the pixel; -1 to 1.
+
+    Args:
+        query: uint8 (H, W), in its pose.
+        target: of the reference's small picture, see `Whitening.centres`.
+        shift: of the query.
+        whitening: of small pictures.
+    """
+    picture = small_picture(_moved(query, shift)[None], whitening.side)
+    return float(whitening.centres(picture[None, None])[0] @ target)
 
 
 def _moved(query: np.ndarray, shift: Sequence[int]) -> np.ndarray:
@@ -89,12 +93,13 @@ def _moved(query: np.ndarray, shift: Sequence[int]) -> np.ndarray:
     h, w = query.shape
     rows = np.clip(np.arange(h) + shift[0], 0, h - 1)
     columns = np.clip(np.arange(w) + shift[1], 0, w - 1)
-    return query[rows[:, None], columns[None]]
+    return query.take(rows, axis=0).take(columns, axis=1)
 
 
 def score_pair(
     query: np.ndarray,
     reference: np.ndarray,
+    target: np.ndarray,
     *,
     pose: int,
     shift: Sequence[float],
@@ -106,6 +111,7 @@ def score_pair(
     Args:
         query: uint8 (C, H, W).
         reference: uint8 (C, H, W).
+        target: vector of its small picture.
         pose: that the query is brought to.
         shift: of the candidate, in pixels of small pictures.
         size: (H, W).
@@ -120,9 +126,5 @@ def score_pair(
     start = [round(s * c) for s, c in zip(shift, cell, strict=True)]
     slack = max(2, int(np.ceil(1.5 * max(cell))))
     found = [align(ranks(a), ranks(b), start, reach, slack), (0, 0)]
-    options = []
-    for at in dict.fromkeys(found):
-        features = feature_similarity(a, b, at, reach, whitening)
-        options.append((features, at))
-    features, at = max(options)
+    features, at = max((feature_similarity(a, target, at, whitening), at) for at in set(found))
     return {"ssim": similarity_of(a, b, at, reach), "features": features, "shift": list(at)}
