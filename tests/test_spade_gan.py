@@ -415,38 +415,56 @@ def test_same_seed_same_bytes_whatever_the_batch(tiny_dataset: Path, tmp_path: P
         assert (pictures[twin] == pictures[path.name]) == (z_dim == 0)
 
 
+def weights_of(found: dict[str, str]) -> dict[str, torch.Tensor]:
+    """All weights and statistics of both networks, as they were saved last."""
+    state = load_file(Path(found["ckpt_dir"]) / "last_model.pt")["state"]
+    return {f"{net}.{key}": value for net in ("network", "discriminator") for key, value in state[net].items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["stopped", "killed"])
-def test_a_training_that_ended_early_resumes_to_the_weights_of_one_that_did_not(
-    trained: dict[str, str], tmp_path: Path, way: str
+def test_a_training_that_was_stopped_resumes_to_the_weights_of_one_that_was_not(
+    tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    values = TINY | {"max_epochs": 6, "z_dim": 8}
-    weights = []
+    values = TINY | {"max_epochs": 3, "z_dim": 8}
+    whole, stopped = (places(tmp_path / name, tiny_dataset) for name in ("whole", "stopped"))
+    run("train.json", "train", **values, **whole)
 
     def stop(engine: Any) -> None:
         raise RuntimeError("stop")
 
-    for name in ("whole", way):
-        found = places(tmp_path / name, Path(trained["dataset_dir"]))
+    made = bundle_runs.workflow("spade_gan", "train.json", "train", "training", **values, **stopped)
+    made.initialize()
+    engine = made.parser.get_parsed_content("train#trainer")
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), stop)  # in the second of epochs of three steps
+    with pytest.raises(RuntimeError):
+        made.run()
+    assert not (Path(stopped["ckpt_dir"]) / "model.pt").exists()
+    run("train.json", "train", **values, **stopped)
+    assert_equal(weights_of(whole), weights_of(stopped))
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """kill -9 after the first saved epoch, then the same command again."""
+    found = {}
+    for name in ("whole", "killed"):
+        found[name] = places(tmp_path / name, tiny_dataset)
         run_it = command("training", "--config_file", str(SPADE_GAN / "configs" / "train.json"))
-        run_it += options(values | found)
+        run_it += options(TINY | {"max_epochs": 6} | found[name])
         if name == "killed":
-            kill_when_there(run_it, Path(found["ckpt_dir"]) / "last_model.pt")
-            assert not (Path(found["ckpt_dir"]) / "model.pt").exists()
-        if name == "stopped":
-            made = bundle_runs.workflow("spade_gan", "train.json", "train", "training", **values, **found)
-            made.initialize()
-            engine = made.parser.get_parsed_content("train#trainer")
-            engine.add_event_handler(Events.ITERATION_COMPLETED(once=14), stop)
-            with pytest.raises(RuntimeError, match="stop"):
-                made.run()
+            kill_when_there(run_it, Path(found[name]["ckpt_dir"]) / "last_model.pt")
+            assert not (Path(found[name]["ckpt_dir"]) / "model.pt").exists()
         done = subprocess.run(run_it, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert ("resuming model from" in done.stdout) == (name != "whole")
-        weights.append(load_file(Path(found["ckpt_dir"]) / "last_model.pt")["state"])
-    for part in ("network", "discriminator"):
-        a, b = (w[part] for w in weights)
-        assert all(torch.equal(a[key], b[key]) for key in a), part
+        assert ("resuming model from" in done.stdout) == (name == "killed")
+    assert_equal(weights_of(found["whole"]), weights_of(found["killed"]))
 
 
 @pytest.mark.slow
