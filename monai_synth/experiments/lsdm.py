@@ -105,7 +105,8 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     from monai_synth.evaluate.tracking import tracking_uri
     from monai_synth.experiments import lsdm_source as source
     from monai_synth.experiments.lsdm_report import Comparison, write_results
-    from monai_synth.experiments.lsdm_sampling import Samples
+    from monai_synth.experiments.lsdm_sampling import Loaded, Samples
+    from monai_synth.experiments.lsdm_source import Arm
 
     device = chosen_device(settings.device)
     batch_size = _BATCH_SIZE[device] if settings.batch_size is None else settings.batch_size
@@ -120,15 +121,15 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
         raise UserError(f"crop is {settings.crop}, but images are {size} pixels wide; give at most {size} (--crop)")
     extractors, perceptual = _extractors(settings, device)
     uri = tracking_uri(settings.mlflow)
-    _check_sampling(arms, settings, device)
+    guidable = [Arm(guided.name, guided, "all", guided.features)] if guided else []  # sweeps and gradients need them
+    loaded = Loaded([*arms, *guidable], sampler=settings.sampler, num_steps=settings.num_steps, device=device)
 
     out = Path(settings.out).expanduser().absolute()
     require_own_folder(out, folders=_FOLDERS)
     with locked(out), terminated_as_interrupt():
         shared = {"dataset": cases.dataset.fingerprint, "sampler": settings.sampler, "num_steps": settings.num_steps}
         record_settings(out / "experiment.json", shared)
-        options = {"sampler": settings.sampler, "num_steps": settings.num_steps, "batch_size": batch_size}
-        samples = Samples(out / "samples", cases, **options, device=device)
+        samples = Samples(out / "samples", cases, loaded, batch_size=batch_size)
         total = len(arms) * settings.seeds * len(cases)
         report(
             f"{len(arms)} arms ({', '.join(arm.name for arm in arms)}) x {settings.seeds} seeds x {len(cases)} slices "
@@ -208,11 +209,3 @@ def _extractors(settings: Settings, device: str) -> tuple[list[Any], Any]:
     if settings.extractor:
         found.append(trained_classifier(settings.extractor, device=device))
     return found, lpips_distance(settings.lpips, **options) if settings.lpips else None
-
-
-def _check_sampling(arms: Sequence[Any], settings: Settings, device: str) -> None:
-    """Load each model once, so that what does not fit is told before hours of sampling."""
-    from monai_synth.experiments.lsdm_sampling import make_sampler
-
-    for arm in arms:
-        make_sampler(arm, sampler=settings.sampler, num_steps=settings.num_steps, device="cpu")

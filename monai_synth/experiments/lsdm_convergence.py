@@ -30,7 +30,6 @@ from monai_synth.diffusion import add_noise, alphas_cumprod
 from monai_synth.errors import UserError
 from monai_synth.experiments.lsdm_scores import Patients
 from monai_synth.experiments.lsdm_source import Cases, Model
-from monai_synth.inference.model import load_lsdm
 from monai_synth.inference.sampler import initial_noise, make_generators
 from monai_synth.networks.latent_codec import LatentCodec
 from monai_synth.training import LatentCache, NoduleCropDataset, NoisyCropPrepareBatch, initial_output
@@ -58,10 +57,14 @@ class Convergence:
         cases: gives the dataset.
         folder: of predictions and latents.
         steps: of each training.
+        codec: the model's autoencoder with its scale.
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, model: Model, cases: Cases, folder: Path, *, steps: int, device: str) -> None:
+    def __init__(
+        self, model: Model, cases: Cases, folder: Path, *, steps: int, codec: LatentCodec, device: str
+    ) -> None:
+        self.codec = codec
         self.model, self.cases, self.folder, self.steps, self.device = model, cases, folder, steps, device
         self.schedule = model.contract["schedule"]
         self.bands = bands_of(int(self.schedule["num_train_timesteps"]))
@@ -79,7 +82,7 @@ class Convergence:
         """
         missing = [f for f in FEATURES if not self._path(f).is_file()]
         if missing:
-            codec = load_lsdm(self.model.path.parent, model_file=self.model.path.name, device=self.device).codec
+            codec = self.codec
             caches = {split: self._cache(split, codec) for split in ("training", "test")}
             for feature in missing:
                 report(f"  convergence: {feature}, {self.steps} steps")

@@ -134,7 +134,6 @@ def _table_note(content: Mapping[str, Any]) -> str:
     return (
         f"<p>Value &plusmn; deviation (over images; for distances over {content['num_seeds_compared']} "
         "seed(s)), its 95 % "
-        "interval by patient, n; below it the paired difference to the first model. In italics: the text's "
-        "Table 5.1 and "
-        "5.2.</p>"
+        f"interval by patient, n; below it the paired difference to {html.escape(content['baseline'])}. In italics: "
+        "the text's Tables 5.1 and 5.2.</p>"
     )

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from monai_synth.evaluate.hu_fidelity import crop_at
 from monai_synth.experiments import lsdm_reconstruction as reconstruction
@@ -19,11 +20,9 @@ from monai_synth.inference.guidance import MALIGNANCY
 from monai_synth.inference.model import LSDMModel
 from monai_synth.training.pictures import LABEL_COLOURS
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 _CELL = 1.45  # inches of a picture
-_BOX = "#ff5533"
+_PIXELS, _GAP = 192, 6  # of a picture on the sheet, and between two
+_BOX, _OUTLINE = "#ff5533", "#229944"
 _ZOOM = 4  # how much smaller a zoomed part is than the slice, at most
 
 
@@ -43,76 +42,52 @@ class Pictures:
     ) -> None:
         """Fig 5.2, 5.3 and 5.6: the same maps and noise for every arm; below each slice its nodule."""
         images = {arm.name: _chosen(samples, arm, cases, indices) for arm in arms}
-        columns = ["label map", *(["real"] if self.show_real else []), *images]
-        figure, grid = _sheet(2 * len(indices), len(columns))
-        for row, i in enumerate(indices):
+        sheet = _Sheet(["label map", *(["real"] if self.show_real else []), *images])
+        side = _side(cases, crop)
+        for i in indices:
             item = cases.item(i)
-            nodule = max(item["nodules"], key=lambda n: n.get("area", 0))
-            side = _side(cases, crop)
+            center = _largest(item["nodules"])["center"]
             cells: list[np.ndarray] = [np.moveaxis(LABEL_COLOURS[item["label"][0].numpy()], -1, 0)]
             cells += [cases.real(i)[None]] if self.show_real else []
             cells += [found[i][None] for found in images.values()]
-            for axes, below, cell, name in zip(grid[2 * row], grid[2 * row + 1], cells, columns, strict=True):
-                _show(axes, cell)
-                _box(axes, nodule["center"], side)
-                _show(below, crop_at(cell, nodule["center"], side))
-                if row == 0:
-                    axes.set_title(name, fontsize=8)
-        self.found["comparison"] = png(figure)
+            sheet.row([_picture(cell) for cell in cells], box=(center, side))
+            sheet.row([_picture(crop_at(cell, center, side)) for cell in cells])
+        self.found["comparison"] = sheet.png()
 
     def reconstruction(self, model: LSDMModel, cases: Cases, indices: Sequence[int]) -> None:
         """Fig 5.1: real slices and what the autoencoder keeps of them, with a part enlarged."""
         if not self.show_real:
             return
-        figure, grid = _sheet(len(indices), 5)
-        for row, (axes, i) in enumerate(zip(grid, indices, strict=True)):
+        sheet = _Sheet(["real", "reconstruction", "real, part", "reconstruction, part", "difference, 0 to 25 of 255"])
+        for i in indices:
             real = cases.real(i)
             made = reconstruction.reconstruct(model, real)
-            center = max(cases.item(i)["nodules"], key=lambda n: n.get("area", 0))["center"]
+            center = _largest(cases.item(i)["nodules"])["center"]
             side = max(16, min(real.shape) // _ZOOM)
-            change = np.abs(made.astype(int) - real).astype(float)
-            parts = [real[None], made[None], crop_at(real[None], center, side), crop_at(made[None], center, side)]
-            for cell, part in zip(axes, parts, strict=False):
-                _show(cell, part)
-            for cell in axes[:2]:
-                _box(cell, center, side)
-            axes[4].imshow(change, cmap="magma", vmin=0, vmax=25)
-            if row == 0:
-                titles = ("real", "reconstruction", "real, part", "reconstruction, part", "difference (0 to 25 of 255)")
-                for cell, text in zip(axes, titles, strict=True):
-                    cell.set_title(text, fontsize=8)
-        self.found["reconstruction"] = png(figure)
+            parts = [crop_at(image[None], center, side) for image in (real, made)]
+            change = _coloured(np.abs(made.astype(float) - real) / 25, "magma")
+            sheet.row([*(_picture(x) for x in (real[None], made[None], *parts)), change], box=(center, side), boxed=2)
+        self.found["reconstruction"] = sheet.png()
 
     def image_gradients(self, rows: Sequence[Sequence[View]]) -> None:
         """Fig 5.4: x_t, and d log p / d x_t towards benign and malignant, at each timestep."""
-        titles = ["x_t", *(f"towards {name}" for name in LABELS)]
-        figure, grid = _sheet(len(rows) * len(titles), len(rows[0]))
-        for number, views in enumerate(rows):
-            block = grid[number * len(titles) : (number + 1) * len(titles)]
-            for column, view in enumerate(views):
-                _show(block[0][column], to_uint8(view.noisy)[None])
-                _outline(block[0][column], view.inside)
-                block[0][column].set_title(f"t = {view.t}, p(mal.) = {view.probability:.2f}", fontsize=7)
-                for axes, name in zip(block[1:, column], LABELS, strict=True):
-                    gradient = view.image[name]
-                    reach = float(np.abs(gradient).max()) or 1.0
-                    axes.imshow(gradient, cmap="RdBu_r", vmin=-reach, vmax=reach)
-                    _outline(axes, view.inside)
-            for axes, title in zip(block[:, 0], titles, strict=True):
-                _side_title(axes, title)
-        self.found["image_gradients"] = png(figure)
+        sheet = _Sheet([f"t = {view.t}" for view in rows[0]])
+        for views in rows:
+            inside = [view.inside for view in views]
+            sheet.row([_picture(to_uint8(view.noisy)[None]) for view in views], "x_t", outlines=inside)
+            for name in LABELS:
+                pictures = [_signed(view.image[name]) for view in views]
+                sheet.row(pictures, f"to {name}", outlines=inside)
+        self.found["image_gradients"] = sheet.png()
 
     def latent_gradients(self, rows: Sequence[Sequence[View]]) -> None:
         """Fig 5.5: what guidance adds to the latent, its first three channels as colours; grey is none."""
-        figure, grid = _sheet(len(rows) * len(LABELS), len(rows[0]))
-        for number, views in enumerate(rows):
-            for k, name in enumerate(LABELS):
-                for axes, view in zip(grid[number * len(LABELS) + k], views, strict=True):
-                    axes.imshow(as_rgb(view.latent[name]))
-                    if k == 0:
-                        axes.set_title(f"t = {view.t}", fontsize=7)
-                _side_title(grid[number * len(LABELS) + k][0], name)
-        self.found["latent_gradients"] = png(figure)
+        sheet = _Sheet([f"t = {view.t}" for view in rows[0]])
+        for views in rows:
+            for name in LABELS:
+                pictures = [np.round(255 * as_rgb(view.latent[name])).astype(np.uint8) for view in views]
+                sheet.row(pictures, f"to {name}")
+        self.found["latent_gradients"] = sheet.png()
 
     def scale_sweep(self, sweeps: Sweeps, crop: int) -> None:
         """Fig 5.8: a nodule with growing s, towards benign and malignant."""
@@ -120,31 +95,24 @@ class Pictures:
             return
         scales = list(dict.fromkeys(s for _, s in sweeps.scale_arms))
         labels = list(dict.fromkeys(label for label, _ in sweeps.scale_arms))
-        rows = [(i, label) for i in sweeps.indices for label in labels]
-        figure, grid = _sheet(len(rows), 1 + len(scales))
-        for axes, (i, label) in zip(grid, rows, strict=True):
-            arms = [sweeps.unguided, *(sweeps.scale_arms[label, s] for s in scales)]
-            self._nodules(axes, sweeps, arms, i, crop)
-            _side_title(axes[0], label)
-        for axes, text in zip(grid[0], ["unguided", *(f"s = {s:g}" for s in scales)], strict=True):
-            axes.set_title(text, fontsize=8)
-        self.found["scale_sweep"] = png(figure)
+        sheet = _Sheet(["unguided", *(f"s = {s:g}" for s in scales)])
+        for i in sweeps.indices:
+            for label in labels:
+                arms = [sweeps.unguided, *(sweeps.scale_arms[label, s] for s in scales)]
+                sheet.row(self._nodules(sweeps, arms, i, crop), label)
+        self.found["scale_sweep"] = sheet.png()
 
     def feature_sweep(self, sweeps: Sweeps, crop: int) -> None:
         """Fig 5.7: a nodule with each value of each feature."""
         features = list(dict.fromkeys(feature for feature, _ in sweeps.feature_arms))
         if not features:
             return
-        i = sweeps.indices[0]
-        figure, grid = _sheet(len(features), 1 + len(RATINGS))
-        for axes, feature in zip(grid, features, strict=True):
-            found = {value: arm for (f, value), arm in sweeps.feature_arms.items() if f == feature}
-            self._nodules(axes, sweeps, [sweeps.unguided, *found.values()], i, crop)
-            names = ("benign", "malignant") if feature == MALIGNANCY else [f"{value:g}" for value in found]
-            for cell, name in zip(axes, ["unguided", *names], strict=False):
-                cell.set_title(name, fontsize=8)
-            _side_title(axes[0], feature)
-        self.found["feature_sweep"] = png(figure)
+        sheet = _Sheet(["unguided", *(f"{value:g}" for value in RATINGS)])
+        for feature in features:
+            arms = [arm for (f, _), arm in sweeps.feature_arms.items() if f == feature]
+            title = f"{feature}\n(0, 1)" if feature == MALIGNANCY else feature
+            sheet.row(self._nodules(sweeps, [sweeps.unguided, *arms], sweeps.indices[0], crop), title)
+        self.found["feature_sweep"] = sheet.png()
 
     def side_by_side(self, sweeps: Sweeps) -> None:
         """Fig 5.9: whole slices at the scale nearest to 8."""
@@ -153,12 +121,9 @@ class Pictures:
             return
         labels = list(dict.fromkeys(label for label, _ in sweeps.scale_arms))
         arms = [sweeps.unguided, *(sweeps.scale_arms[label, scales[0]] for label in labels)]
-        figure, grid = _sheet(1, 3, cell=2.2)
-        i = sweeps.indices[0]
-        for axes, arm, text in zip(grid[0], arms, ["unguided", *labels], strict=True):
-            _show(axes, sweeps.images(arm)[i][None])
-            axes.set_title(text if arm is arms[0] else f"{text}, s = {scales[0]:g}", fontsize=8)
-        self.found["side_by_side"] = png(figure)
+        sheet = _Sheet(["unguided", *(f"{label}, s = {scales[0]:g}" for label in labels)], cell=2.2)
+        sheet.row([_picture(sweeps.images(arm)[sweeps.indices[0]][None]) for arm in arms])
+        self.found["side_by_side"] = sheet.png()
 
     def convergence(self, found: dict[str, Any]) -> None:
         """Skill of each feature by band of timesteps."""
@@ -180,17 +145,102 @@ class Pictures:
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         self.found["convergence"] = png(figure)
 
-    def _nodules(self, axes: Sequence[Any], sweeps: Sweeps, arms: Sequence[Arm], index: int, crop: int) -> None:
-        item = sweeps.cases.item(index)
-        nodule = max(item["nodules"], key=lambda n: n.get("area", 0))
+    def _nodules(self, sweeps: Sweeps, arms: Sequence[Arm], index: int, crop: int) -> list[np.ndarray]:
+        center = _largest(sweeps.cases.item(index)["nodules"])["center"]
         side = _side(sweeps.cases, crop)
-        for cell, arm in zip(axes, arms, strict=False):
-            _show(cell, crop_at(sweeps.images(arm)[index][None], nodule["center"], side))
+        return [_picture(crop_at(sweeps.images(arm)[index][None], center, side)) for arm in arms]
+
+
+class _Sheet:
+    """Pictures in rows and columns, drawn as one: a plot for each of them would take a hundred times as long.
+
+    Args:
+        titles: of the columns.
+        cell: inches of a picture.
+    """
+
+    def __init__(self, titles: Sequence[str], cell: float = _CELL) -> None:
+        self.titles, self.cell = list(titles), cell
+        self.rows: list[list[np.ndarray]] = []
+        self.sides: list[str] = []
+        self.boxes: list[tuple[float, float, float]] = []  # left, top, side in pixels of the sheet
+        self.outlines: list[tuple[int, int, np.ndarray]] = []  # row, column, mask
+
+    def row(
+        self,
+        pictures: Sequence[np.ndarray],
+        side: str = "",
+        *,
+        box: tuple[Sequence[float], int] | None = None,
+        boxed: int | None = None,
+        outlines: Sequence[np.ndarray] = (),
+    ) -> None:
+        """Add a row of RGB pictures (H, W, 3), with a box (centre, side) in the first ``boxed``, or outlined masks."""
+        number = len(self.rows)
+        self.rows.append([_enlarged(picture) for picture in pictures])
+        self.sides.append(side)
+        if box is not None:
+            for column, picture in enumerate(pictures[:boxed]):
+                factor = _PIXELS / picture.shape[1]
+                top, left = ((float(c) - box[1] / 2 + 0.5) * factor for c in box[0])
+                pitch = _PIXELS + _GAP
+                self.boxes.append((column * pitch + left, number * pitch + top, box[1] * factor))
+        self.outlines += [(number, column, mask) for column, mask in enumerate(outlines)]
+
+    def png(self) -> bytes:
+        pitch, columns = _PIXELS + _GAP, len(self.titles)
+        sheet = np.full((len(self.rows) * pitch - _GAP, columns * pitch - _GAP, 3), 255, np.uint8)
+        for i, row in enumerate(self.rows):
+            for j, picture in enumerate(row):
+                sheet[i * pitch : i * pitch + _PIXELS, j * pitch : j * pitch + _PIXELS] = picture
+        figure = new_figure(self.cell * columns + 0.5, self.cell * len(self.rows) + 0.4)
+        axes = figure.subplots()
+        axes.imshow(sheet, interpolation="antialiased")
+        axes.set_axis_off()
+        for j, title in enumerate(self.titles):
+            axes.text(j * pitch + _PIXELS / 2, -6, title, ha="center", va="bottom", fontsize=8)
+        for i, title in enumerate(self.sides):
+            axes.text(-6, i * pitch + _PIXELS / 2, title, ha="right", va="center", rotation=90, fontsize=8)
+        for left, top, side in self.boxes:
+            x, y = [left, left + side, left + side, left, left], [top, top, top + side, top + side, top]
+            axes.plot(x, y, color=_BOX, linewidth=0.8, scalex=False, scaley=False)
+        for i, j, mask in self.outlines:
+            if mask.any() and not mask.all():
+                factor = _PIXELS / mask.shape[1]
+                rows, across = ((np.arange(n) + 0.5) * factor for n in mask.shape)
+                axes.contour(across + j * pitch, rows + i * pitch, mask, levels=[0.5], colors=_OUTLINE, linewidths=0.7)
+        return png(figure)
 
 
 def to_uint8(image_pm1: np.ndarray) -> np.ndarray:
     """[-1, 1] -> 0..255, clipped."""
     return np.round((image_pm1.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def _picture(image: np.ndarray) -> np.ndarray:
+    """uint8 (1 or 3, H, W) -> (H, W, 3)."""
+    return np.moveaxis(np.repeat(image, 3, axis=0) if len(image) == 1 else image, 0, -1)
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    how = Image.Resampling.NEAREST if picture.shape[1] < _PIXELS else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((_PIXELS, _PIXELS), how))
+
+
+def _coloured(values: np.ndarray, colours: str) -> np.ndarray:
+    """Values in [0, 1] -> RGB."""
+    from matplotlib import colormaps
+
+    return np.round(255 * colormaps[colours](values.clip(0, 1))[..., :3]).astype(np.uint8)
+
+
+def _signed(gradient: np.ndarray) -> np.ndarray:
+    """Red above 0, blue below, scaled by itself."""
+    return _coloured(gradient / (2 * (float(np.abs(gradient).max()) or 1.0)) + 0.5, "RdBu_r")
+
+
+def _largest(nodules: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(nodules, key=lambda nodule: nodule.get("area", 0))
 
 
 def _side(cases: Cases, crop: int) -> int:
@@ -200,35 +250,3 @@ def _side(cases: Cases, crop: int) -> int:
 
 def _chosen(samples: Samples, arm: Arm, cases: Cases, indices: Sequence[int]) -> dict[int, np.ndarray]:
     return {i: image for i, image in samples.load(arm, 0, cases.indices) if i in indices}
-
-
-def _sheet(rows: int, columns: int, cell: float = _CELL) -> tuple[Any, np.ndarray]:
-    figure = new_figure(cell * columns + 0.35, cell * 1.06 * rows + 0.25)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for edge in axes.spines.values():
-            edge.set_visible(False)
-    return figure, grid
-
-
-def _show(axes: Axes, image: np.ndarray) -> None:
-    """uint8 (1 or 3, H, W)."""
-    axes.imshow(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), cmap="gray", vmin=0, vmax=255)
-
-
-def _box(axes: Axes, center: Sequence[float], side: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    row, column = (float(c) - side / 2 for c in center)
-    axes.add_patch(Rectangle((column, row), side, side, fill=False, edgecolor=_BOX, linewidth=0.8))
-
-
-def _outline(axes: Axes, inside: np.ndarray) -> None:
-    if inside.any() and not inside.all():
-        axes.contour(inside, levels=[0.5], colors="#229944", linewidths=0.7)
-
-
-def _side_title(axes: Axes, text: str) -> None:
-    axes.set_ylabel(text, fontsize=8)

@@ -29,7 +29,6 @@ from monai_synth.experiments.lsdm_sweeps import Sweeps
 from monai_synth.experiments.lsdm_tables import text_column
 from monai_synth.export.provenance import package_versions
 from monai_synth.inference.guidance import MALIGNANCY
-from monai_synth.inference.model import load_lsdm
 
 _PRIVATE = ("dataset", "models", "out", "inception", "radimagenet", "extractor", "lpips", "mlflow")  # paths
 
@@ -83,7 +82,9 @@ class Comparison:
         steps = self.settings.convergence_steps
         if self.guided is None or not steps:
             return None
-        return Convergence(self.guided, self.cases, self.out / "convergence", steps=steps, device=self.device)
+        codec = self.samples.loaded.diffusion(self.guided).codec
+        folder = self.out / "convergence"
+        return Convergence(self.guided, self.cases, folder, steps=steps, codec=codec, device=self.device)
 
     def num_seeds(self, arm: Arm) -> int:
         """Leading seeds that are done."""
@@ -111,7 +112,7 @@ def write_results(given: Comparison, report: Callable[[str], None] = print) -> d
         content |= _tables(given, num_seeds, report)
         pictures.comparison(given.cases, given.shown, given.arms, given.samples, given.settings.crop)
     if given.guided is not None:
-        loaded = load_lsdm(given.guided.path.parent, model_file=given.guided.path.name, device=given.device)
+        loaded = given.samples.loaded.diffusion(given.guided)
         report("reconstructing real slices by the autoencoder")
         content["reconstruction"] = reconstruction.measure(loaded, given.cases, given.perceptual)
         pictures.reconstruction(loaded, given.cases, given.shown)
@@ -227,9 +228,7 @@ def _gradients(given: Comparison, pictures: Pictures, report: Callable[[str], No
     if not number or MALIGNANCY not in given.guided.features:
         return None
     report("drawing the gradients of the malignancy classifier")
-    model = load_lsdm(
-        given.guided.path.parent, model_file=given.guided.path.name, features=[MALIGNANCY], device=given.device
-    )
+    model = given.samples.loaded.diffusion(given.guided)
     steps = int(given.guided.contract["schedule"]["num_train_timesteps"])
     times = [min(steps - 1, round(share * steps)) for share in given.settings.gradient_times]
     chosen = given.cases.by_nodule_area()[:number]

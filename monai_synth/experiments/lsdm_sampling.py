@@ -22,11 +22,11 @@ from torch import nn
 
 from monai_synth.atomic import remove_leftovers, write_bytes
 from monai_synth.errors import UserError
-from monai_synth.experiments.lsdm_source import Arm, Cases, to_pixels
+from monai_synth.experiments.lsdm_source import Arm, Cases, Model, to_pixels
 from monai_synth.experiments.record import record_settings
 from monai_synth.inference.cases import collate_cases
 from monai_synth.inference.lsdm import LSDMInferer
-from monai_synth.inference.model import load_lsdm, load_model
+from monai_synth.inference.model import LSDMModel, load_lsdm, load_model
 from monai_synth.inference.spade_gan import SPADEGANInferer
 
 SEED_STEP = 1_000_000
@@ -40,30 +40,64 @@ def image_seed(seed: int, index: int) -> int:
     return seed * SEED_STEP + index
 
 
-def make_sampler(arm: Arm, *, sampler: str, num_steps: int, device: str) -> tuple[nn.Module, Inferer]:
-    """The arm's network and its bundle's own way to sample from it.
+class Loaded:
+    """Models in memory, each read once with the classifiers of all arms.
+
+    Args:
+        arms: that may be sampled.
+        sampler: of ``LSDMInferer``.
+        num_steps: calls of the network.
+        device: "cpu" or "cuda".
 
     Raises:
         UserError: files that do not fit each other, or a setting that the sampler does not take.
     """
-    path, contract = arm.model.path, arm.model.contract
-    if arm.model.kind == "spade_gan":
-        generator = load_model("spade_gan", path.parent, model_file=path.name, device=device, stage="generator")
-        collapse = bool(contract.get("collapse_nodule_labels", False))
-        return generator.network, SPADEGANInferer(len(contract["labels"]), collapse_nodule_labels=collapse)
-    model = load_lsdm(path.parent, model_file=path.name, features=arm.features, device=device)
-    inferer = LSDMInferer(
-        model.codec,
-        contract["schedule"],
-        sampler=sampler,
-        num_steps=num_steps,
-        classifiers=model.classifiers,
-        guidance_scale=arm.scale,
-        crop_size_latent=model.crop_size_latent,
-        semantic_downsample=contract["semantic_downsample"],
-        collapse_nodule_labels=contract["collapse_nodule_labels"],
-    )
-    return model.network, inferer
+
+    def __init__(self, arms: Sequence[Arm], *, sampler: str, num_steps: int, device: str) -> None:
+        self.sampler, self.num_steps, self.device = sampler, num_steps, device
+        self._features: dict[str, tuple[str, ...]] = {}
+        for arm in arms:
+            self._features[arm.model.name] = tuple(
+                dict.fromkeys([*self._features.get(arm.model.name, ()), *arm.features])
+            )
+        self._diffusion: dict[str, LSDMModel] = {}
+        self._generators: dict[str, nn.Module] = {}
+        for arm in arms:
+            self(arm)
+
+    def diffusion(self, model: Model) -> LSDMModel:
+        """A diffusion model with its autoencoder and the classifiers that any arm needs."""
+        if model.name not in self._diffusion:
+            features = self._features.get(model.name, ())
+            self._diffusion[model.name] = load_lsdm(
+                model.path.parent, model_file=model.path.name, features=features, device=self.device
+            )
+        return self._diffusion[model.name]
+
+    def __call__(self, arm: Arm) -> tuple[nn.Module, Inferer]:
+        """The arm's network and its bundle's own way to sample from it."""
+        model, contract = arm.model, arm.model.contract
+        if model.kind == "spade_gan":
+            if model.name not in self._generators:
+                self._generators[model.name] = load_model(
+                    "spade_gan", model.path.parent, model_file=model.path.name, device=self.device, stage="generator"
+                ).network
+            collapse = bool(contract.get("collapse_nodule_labels", False))
+            inferer: Inferer = SPADEGANInferer(len(contract["labels"]), collapse_nodule_labels=collapse)
+            return self._generators[model.name], inferer
+        loaded = self.diffusion(model)
+        inferer = LSDMInferer(
+            loaded.codec,
+            contract["schedule"],
+            sampler=self.sampler,
+            num_steps=self.num_steps,
+            classifiers={feature: loaded.classifiers[feature] for feature in arm.features},
+            guidance_scale=arm.scale,
+            crop_size_latent=loaded.crop_size_latent,
+            semantic_downsample=contract["semantic_downsample"],
+            collapse_nodule_labels=contract["collapse_nodule_labels"],
+        )
+        return loaded.network, inferer
 
 
 class Samples:
@@ -72,17 +106,12 @@ class Samples:
     Args:
         folder: of all of them.
         cases: slices to sample from.
-        sampler: of ``LSDMInferer``.
-        num_steps: calls of the network.
+        loaded: models.
         batch_size: images at once.
-        device: "cpu" or "cuda".
     """
 
-    def __init__(
-        self, folder: Path, cases: Cases, *, sampler: str, num_steps: int, batch_size: int, device: str
-    ) -> None:
-        self.folder, self.cases = folder, cases
-        self.sampler, self.num_steps, self.batch_size, self.device = sampler, num_steps, batch_size, device
+    def __init__(self, folder: Path, cases: Cases, loaded: Loaded, *, batch_size: int) -> None:
+        self.folder, self.cases, self.loaded, self.batch_size = folder, cases, loaded, batch_size
 
     def parts(self, arm: Arm, seed: int, indices: Sequence[int]) -> list[tuple[Path, tuple[int, ...]]]:
         """Files of the images of an arm and a seed, and the slices of each."""
@@ -113,7 +142,7 @@ class Samples:
         missing = [(s, p) for s in seeds for p in self.parts(arm, s, indices) if not p[0].is_file()]
         if not missing:
             return
-        network, inferer = make_sampler(arm, sampler=self.sampler, num_steps=self.num_steps, device=self.device)
+        network, inferer = self.loaded(arm)
         begin = told = time.monotonic()
         for number, (seed, (path, chunk)) in enumerate(missing):
             images = self._sample(arm, network, inferer, seed, chunk)
@@ -130,7 +159,7 @@ class Samples:
             part = chunk[start : start + self.batch_size]
             batch = collate_cases([self.cases.item(i) for i in part])
             made = inferer(
-                batch["label"].to(self.device),
+                batch["label"].to(self.loaded.device),
                 network,
                 seeds=[image_seed(seed, i) for i in part],
                 nodules=batch["nodules"],

@@ -20,7 +20,7 @@ from monai_synth.data.slices import NODULE_LABEL_MIN
 from monai_synth.experiments.lsdm_sampling import Samples, to_tensor
 from monai_synth.experiments.lsdm_source import FEATURE_OF, Arm, Model
 from monai_synth.inference.guidance import MALIGNANCY
-from monai_synth.inference.model import LSDMModel, load_lsdm
+from monai_synth.inference.model import LSDMModel
 from monai_synth.networks.latent_codec import latent_window
 
 LABELS = {"benign": 0.0, "malignant": 1.0}
@@ -49,10 +49,7 @@ class Sweeps:
         scale: float,
     ) -> None:
         self.model, self.indices, self.cases = model, list(indices), samples.cases
-        self.samples = Samples(
-            folder, samples.cases, sampler=samples.sampler, num_steps=samples.num_steps,
-            batch_size=samples.batch_size, device=samples.device,
-        )  # fmt: skip
+        self.samples = Samples(folder, samples.cases, samples.loaded, batch_size=samples.batch_size)
         self.unguided = Arm(model.name, model)
         self.scale_arms: dict[tuple[str, float], Arm] = {}
         if MALIGNANCY in model.features:
@@ -89,9 +86,7 @@ class Sweeps:
     def measure(self) -> dict[str, Any]:
         """Measures of both sweeps; n is the number of slices."""
         features = tuple(dict.fromkeys(feature for feature, _ in self.feature_arms))
-        loaded = load_lsdm(
-            self.model.path.parent, model_file=self.model.path.name, features=features, device=self.samples.device
-        )
+        loaded = self.samples.loaded.diffusion(self.model)
         before = self.images(self.unguided)
 
         def told(arm: Arm, feature: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def cell(result: Mapping[str, Any] | None) -> str:
 
 
 def main_table(table: Mapping[str, Any], arms: Mapping[str, Any], real: Mapping[str, Any] | None = None) -> str:
-    """Table 5.1 or 5.2: metrics down, arms across; below each metric that the text has, its numbers.
+    """Table 5.1 or 5.2: a row for each arm, the text's numbers in it.
 
     Args:
         table: arm -> metric -> result.
@@ -99,20 +99,17 @@ def main_table(table: Mapping[str, Any], arms: Mapping[str, Any], real: Mapping[
     """
     metrics = list(dict.fromkeys(metric for found in table.values() for metric in found))
     rows = []
-    for metric in metrics:
-        row = [html.escape(title(metric)) + _direction(metric)]
-        row += [cell(found.get(metric)) for found in table.values()]
-        if real is not None:
-            row.append(cell(real[metric]) if metric in real else "&ndash;")
-        rows.append(row)
-        told = [_text(metric, arms[arm]["text_column"]) for arm in table]
-        if any(told):
-            cells = [f"<i>{value}</i>" if value else "&ndash;" for value in told]
-            rows.append([f"<i>&nbsp;&nbsp;the text's {html.escape(title(metric))}</i>", *cells])
-            if real is not None:
-                rows[-1].append("&ndash;")
-    head = ["", *(html.escape(arm) for arm in table), *(["real slices"] if real is not None else [])]
-    return table_html(head, rows)
+    for arm, found in table.items():
+        column = arms[arm]["text_column"]
+        told = {metric: _text(metric, column) for metric in metrics}
+        cells = [
+            cell(found.get(metric)) + (f"<small><i>the text: {told[metric]}</i></small>" if told[metric] else "")
+            for metric in metrics
+        ]
+        rows.append([f"{html.escape(arm)}<small>{html.escape(column or '')}</small>", *cells])
+    if real is not None:
+        rows.append(["real slices", *(cell(real[metric]) if metric in real else "&ndash;" for metric in metrics)])
+    return table_html(["", *(html.escape(title(metric)) + _direction(metric) for metric in metrics)], rows)
 
 
 def _direction(metric: str) -> str:

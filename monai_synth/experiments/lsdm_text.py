@@ -63,9 +63,8 @@ def findings(content: Mapping[str, Any]) -> list[str]:
         error, similar = content["reconstruction"]["mean_absolute_hu"], content["reconstruction"]["ssim"]
         texts.append(
             f"The autoencoder alone, with no diffusion, moves a pixel of a real slice by {error['value']:.0f} HU on "
-            f"average and reaches an SSIM of {similar['value']:.3f} (n={error['n']}): no latent diffusion model "
-            "with it "
-            "can be nearer to the real slices than that."
+            f"average and reaches an SSIM of {similar['value']:.3f} (n={error['n']}). What is lost there "
+            "no diffusion model with it can be expected to bring back."
         )
     texts += _of_gradients(content) + _of_sweeps(content) + _of_convergence(content)
     return texts
@@ -83,8 +82,9 @@ def _ranking(metric: str, what: str, table: Mapping[str, Any], baseline: str) ->
         if difference and difference["value"] is not None:
             verdicts.append(f"{arm} {_verdict(difference, higher)}")
     against = f"; against {baseline} on the same maps and noise: {', '.join(verdicts)}" if verdicts else ""
-    n = table[best][metric]["n"]
-    return f"{tables.title(metric)}, {what} (n={n}): best is {best} with {tables.number(values[best])}{against}."
+    n, extreme = table[best][metric]["n"], "highest" if higher else "lowest"
+    value = tables.number(values[best])
+    return f"{tables.title(metric)}, {what} (n={n}): the {extreme} mean has {best} with {value}{against}."
 
 
 def _verdict(difference: Mapping[str, Any], higher: bool) -> str:
