@@ -99,6 +99,7 @@ class Settings:
     mlflow: str | None = None
 
 
+_TOO_ALIKE = 0.995  # threshold of small pictures above which noise on a copy would hide it
 _PATHS = ("train", "synthetic", "out", "heldout", "remove", "extractor", "inception", "cache", "overwrite", "mlflow")
 
 
@@ -328,12 +329,19 @@ def _warn_of_null(
     first = next(iter(results.values()))["null"]
     num = first["num_patients"]
     if 1 / (num + 1) > level / len(results):
-        text = f"{num} held-out patients support a level of {1 / (num + 1):.1%} by counting, {level:.1%} was asked for"
-        if num < 8:
+        who = "1 held-out patient supports" if num == 1 else f"{num} held-out patients support"
+        text = f"{who} a level of {1 / (num + 1):.1%} by counting, {level:.1%} was asked for"
+        if not first["has_tail"]:
             text += "; no tail can be fitted either: a near copy is what exceeds every held-out image"
         else:
             text += "; below that the verdict rests on the fitted tail: give more held-out patients"
         warnings.append(text)
+    if results["features"]["null"]["threshold"] > _TOO_ALIKE:
+        warnings.append(
+            "held-out images are almost as close to training images as copies are (neighbouring slices, frames of one "
+            "video, one patient in both sets?), so only copies nearly to the pixel can be told from them; hold out "
+            "whole patients"
+        )
     bad = max(r["null"]["suspicious_held_out"] for r in results.values())
     if bad:
         warnings.append(

@@ -99,7 +99,7 @@ def _answers(content: Mapping[str, Any]) -> str:
     if k:
         text = (
             f"Yes: {k} of {n} ({k / n:.1%}; 95 % interval {low:.1%} to {high:.1%}) resemble a training image more than "
-            "other real patients do. They should not leave the house; --remove writes the dataset without them."
+            "other real patients do. Do not share them; --remove writes the dataset without them."
         )
     else:
         text = f"None of {n} is one. After so many images a rate of up to {high:.2%} cannot be ruled out (95 %)."

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-MIN_PATIENTS = 8  # with fewer no tail is fitted
+MIN_IMAGES = 8  # with fewer no tail is fitted; few patients make it wider
 _TOP = 1 - 1e-6  # a score of 1 has no finite transform
 
 
@@ -35,7 +35,7 @@ class Null:
         scores: of held-out images, -1 to 1, higher for closer.
         weights: of each, equal for each patient, sum 1.
         num_patients: P.
-        location: of the Gumbel tail, on the scale of arctanh; None with fewer than 8 patients.
+        location: of the Gumbel tail, on the scale of arctanh; None with fewer than 8 images.
         scale: likewise.
     """
 
@@ -58,7 +58,7 @@ def fit_null(scores: np.ndarray, patients: Sequence[str]) -> Null:
     _, number, count = np.unique(names, return_inverse=True, return_counts=True)
     num = len(count)
     weights = 1 / (count[number] * max(1, num))
-    if num < MIN_PATIENTS:
+    if len(scores) < MIN_IMAGES:
         return Null(scores, weights, num, None, None)
     middle, high = (_quantile(transformed(scores), weights, q) for q in (0.5, 0.9))
     # Gumbel: the median is location + 0.3665 scale, the 90 % quantile location + 2.2504 scale
@@ -100,7 +100,7 @@ def judge(scores: np.ndarray, null: Null, level: float) -> tuple[np.ndarray, dic
         level: share of false alarms that is allowed.
 
     Returns:
-        bool (N,), and ``{"level", "supported_level", "threshold", "num_patients", "held_out_median",
+        bool (N,), and ``{"level", "supported_level", "threshold", "num_patients", "has_tail", "held_out_median",
         "held_out_max", "held_out_above"}``; the last counts held-out images that the same threshold would flag.
     """
     count, tail = counting_p(scores, null), tail_p(scores, null)
@@ -119,6 +119,7 @@ def judge(scores: np.ndarray, null: Null, level: float) -> tuple[np.ndarray, dic
         "supported_level": supported,
         "threshold": threshold,
         "num_patients": null.num_patients,
+        "has_tail": null.location is not None,
         "held_out_median": _quantile(null.scores, null.weights, 0.5),
         "held_out_max": float(null.scores.max()),
         "held_out_above": int((null.scores > threshold).sum()),
