@@ -87,13 +87,15 @@ def test_answers_follow_the_numbers(pairs: dict[str, Any]) -> None:
     assert "by more than chance" in answers(content)[0]["answer"]
     entry["metrics"]["kernel_classifier"] |= {"ci": [-0.1, 0.2]}
     assert answers(content)[0]["tone"] == "good"
-    between(content, "real_train", "real_test")["metrics"]["recall_classifier"] |= {
-        "value": 0.9,
-        "standard_error": 0.01,
-    }
-    entry["metrics"]["recall_classifier"] |= {"value": 0.1, "standard_error": 0.01}
+    assert "too few images" in answers(content)[1]["answer"]
+    sure = {"standard_error": 0.01, "warnings": []}
+    between(content, "real_train", "real_test")["metrics"]["recall_classifier"] |= {"value": 0.9, **sure}
+    entry["metrics"]["recall_classifier"] |= {"value": 0.1, **sure}
     assert answers(content)[1]["tone"] == "poor"
     assert "10% of the real images" in answers(content)[1]["answer"]
+    judged = content["consistency"]["labels"]["all labels"]
+    judged["real"]["value"] = 0.3
+    assert "learned too little" in answers(content)[-1]["answer"]
     assert any("not measured" not in line and "n=" in line for line in console_lines(content))
     assert all(meaning(key)[1] for key in entry["metrics"])
 

@@ -121,3 +121,11 @@ def test_the_interval_of_pairs_that_share_images_holds_the_mean_as_often_as_it_s
         naive.append(abs(values.mean()) < 1.96 * values.std() / 20)
     assert 0.9 <= np.mean(inside) <= 0.98
     assert np.mean(naive) < 0.75
+
+
+def test_pairs_of_one_patient_have_no_interval_but_a_spread() -> None:
+    values = np.asarray([0.1, 0.5, 0.3])
+    result = mean_of_pairs(values, ["p", "p", "p"], ["q", "r", "s"])
+    assert result["ci"] is None
+    assert result["sd"] == pytest.approx(0.2)
+    assert mean_of_pairs(values, ["p", "p", "t"], ["q", "r", "s"])["ci"] is not None

@@ -20,6 +20,7 @@ from monai_synth.figures import new_figure, png
 COLOURS = {"synthetic": "#c8651b", "real_train": "#7a8a99", "real_test": "#34495e", "control": "#b9a3c9"}
 _COLUMNS, _LEAST, _MOST = 12, 72, 128  # pictures in a row, pixels of each
 _OUTLINES = np.asarray([[255, 214, 0], [0, 200, 255], [255, 80, 80], [120, 230, 90], [220, 120, 255]], np.uint8)
+_HU_STEP = 2 * 1824 / 255  # two of the 256 steps that prepared slices keep; else a curve of them is a comb
 _CLASSES = 16  # at most in one page
 
 
@@ -34,9 +35,16 @@ def strips(image_set: AnySet) -> dict[str, bytes]:
             cells.append(cell)
             label = image_set.cases.label(int(i)) if isinstance(image_set, CaseImages) else None
             if label is not None:
-                cells.append(outlined(cell, label))
+                cells.append(outlined(cell, np.where(np.isin(label, _drawn(image_set.cases.labels)), label, 0)))
         pictures[name] = row_png(cells, per_row=_COLUMNS)
     return pictures
+
+
+def _drawn(labels: Mapping[str, int]) -> list[int]:
+    """Values of the labels whose outlines are drawn: all of few, of many those that are looked for."""
+    found = [value for name, value in labels.items() if value]
+    wanted = [value for name, value in labels.items() if "nodule" in name or name == "lung"]
+    return (wanted or found) if len(found) > 3 else found or list(range(1, 256))
 
 
 def _cell(image: np.ndarray) -> np.ndarray:
@@ -120,7 +128,7 @@ def _colour(entry: Mapping[str, Any]) -> str:
 
 
 def hu_png(found: Mapping[str, Any]) -> bytes:
-    """Shares of HU of each set, whole and under each label, drawn in steps of 10 HU."""
+    """Shares of HU of each set, whole and under each label, drawn in steps of 14 HU."""
     names = list(dict.fromkeys(name for histograms in found.values() for name in histograms.names))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -131,9 +139,10 @@ def hu_png(found: Mapping[str, Any]) -> bytes:
         for key, histograms in found.items():
             total = histograms.having(name)[0].sum(0, dtype=np.float64)
             if total.sum():
-                step = 10
-                whole = np.add.reduceat(total, np.arange(0, len(total), step)) / total.sum() * 100
-                x = histograms.low + step * np.arange(len(whole))
+                levels = histograms.low + np.arange(len(total))
+                edges = np.arange(levels[0] - _HU_STEP / 4, levels[-1] + _HU_STEP, _HU_STEP)
+                whole = np.histogram(levels, edges, weights=total / total.sum() * 100)[0]
+                x = edges[:-1] + _HU_STEP / 2
                 axes.plot(x, whole, color=COLOURS[key], linewidth=1.3, label=NAMES[key])
                 share = np.cumsum(total) / total.sum()
                 low = min(low, histograms.low + np.searchsorted(share, 0.002))
@@ -157,7 +166,7 @@ def masks_png(found: Mapping[str, Any], name: str) -> bytes | None:
     keys = [key for key in STATISTICS if any(len(s.values(name, key)) for s in found.values())]
     if not keys:
         return None
-    figure = new_figure(2.5 * len(keys), 2.3)
+    figure = new_figure(2.05 * len(keys), 2.2)
     for k, key in enumerate(keys):
         axes = figure.add_subplot(1, len(keys), k + 1)
         values = {set_key: s.values(name, key) for set_key, s in found.items()}
@@ -173,7 +182,7 @@ def masks_png(found: Mapping[str, Any], name: str) -> bytes | None:
                 axes.hist(v, bins, weights=weights, histtype="step", linewidth=1.5, color=COLOURS[set_key])
                 axes.plot([], [], color=COLOURS[set_key], label=NAMES[set_key])
         unit = STATISTICS[key][0]
-        axes.set_title(key.replace("_", " ") + (f" ({unit})" if unit and unit != "objects" else ""), fontsize=8)
+        axes.set_title(key.replace("_", " ") + (f" ({unit})" if unit and unit != "objects" else ""), fontsize=7.5)
         _tidy(axes)
         if not k:
             axes.set_ylabel("% of images or objects", fontsize=8)

@@ -13,9 +13,7 @@ from monai_synth.evaluate.image_sets import NAMES
 from monai_synth.evaluate.mask_fidelity import STATISTICS
 from monai_synth.page import answer_html, image_html, page, settings_html, table_html, warnings_html
 
-_STYLE = (
-    "img{image-rendering:pixelated}td small{white-space:nowrap}.own{font-weight:bold}.note{color:#555;font-size:90%}"
-)
+_STYLE = "td small{white-space:nowrap}.own{font-weight:bold}.note{color:#555;font-size:90%}"
 
 
 def fidelity_page(
@@ -59,7 +57,9 @@ def _warnings(content: Mapping[str, Any]) -> str:
     for entry in content["pairs"]:
         for key, number in entry["metrics"].items():
             for text in number["warnings"]:
-                places.setdefault((meaning(key)[0].rstrip(" ↓↑"), text), []).append(label_of(entry))
+                name = meaning(key)[0].rstrip(" ↓↑").split(",")[0]
+                found = places.setdefault((name, text), [])
+                found += [label_of(entry)] if label_of(entry) not in found else []
     merged: dict[str, dict[str, list[str]]] = {}
     for (name, text), labels in places.items():
         merged.setdefault(text, {}).setdefault(", ".join(labels), []).append(name)
@@ -247,16 +247,15 @@ def _masks(content: Mapping[str, Any]) -> str:
                 row.append(f"{s['mean']:.3g}{sd}<br><small>n = {s['n']} {s['of']}</small>" if s["n"] else "-")
             for e in entries:
                 found = e["masks"].get(name, {}).get(statistic)
-                row.append(number_html("mask", found["wasserstein"]) if found else "-")
-                row.append(number_html("mask", found["kolmogorov_smirnov"]) if found else "-")
+                gap = found["kolmogorov_smirnov"]["value"] if found else None
+                said = "" if gap is None else f"<br><small>gap {gap:.2f}</small>"
+                row.append(number_html("mask", found["wasserstein"]) + said if found else "-")
             rows.append(row)
-    head = ["", *(f"{NAMES[key]}: mean ± sd" for key in keys)]
-    for e in entries:
-        head += [f"distance {label_of(e)}", "largest gap"]
+    head = ["", *(f"{NAMES[key]}: mean ± sd" for key in keys), *(f"distance {label_of(e)}" for e in entries)]
     return (
         "<h3>Masks</h3><p>The distance (Wasserstein-1, in the unit of the row) says how far the values must be moved "
-        "on average to become those of the other set; the largest gap of the cumulative shares (Kolmogorov-Smirnov) "
-        "goes from 0 to 1.</p>" + table_html(head, rows)
+        "on average to become those of the other set; gap: the largest one of the cumulative shares (0 to 1, "
+        "Kolmogorov-Smirnov).</p>" + table_html(head, rows)
     )
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from scipy import stats
+
 from monai_synth.evaluate.image_sets import NAMES
 
 _EXTRACTORS = {
@@ -68,6 +70,12 @@ _MEANINGS = {
     ),
     "hu_error": ("HU error ↓", "Mean absolute difference of the two images, in HU."),
 }
+
+
+_SURE = 2.576  # standard errors, 99 %: a page asks several questions, and should not find one wrong each time
+_ROUNDING = 2.0  # HU, of prepared slices
+_LEARNED = 0.5  # Dice on real pairs below which a segmenter is no judge
+_ENOUGH = 10  # real test images, for an answer that rests on them
 
 
 def meaning(key: str) -> tuple[str, str]:
@@ -153,10 +161,11 @@ def _entry(content: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | No
 
 
 def _main(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Synthetic against real images that no training saw, where there are such; and real against real."""
-    entry = _entry(content, "synthetic", "real_test") or _entry(content, "synthetic", "real_train")
+    """Synthetic against real images that no training saw, where there are enough; and real against real likewise."""
+    enough = content["sets"].get("real_test", {"n": 0})["n"] >= _ENOUGH
+    entry = _entry(content, "synthetic", "real_test" if enough else "real_train")
     assert entry is not None  # both sets are always there
-    return entry, _entry(content, "real_train", "real_test")
+    return entry, _entry(content, "real_train", "real_test") if enough else None
 
 
 def _metrics(entry: Mapping[str, Any] | None, *starts: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -188,7 +197,9 @@ def _varied(content: Mapping[str, Any]) -> tuple[str, str]:
     entry, ceiling = _main(content)
     recalls = list(_metrics(entry, "recall"))
     text, tone = "", ""
-    if recalls:
+    if recalls and recalls[0][1]["warnings"]:
+        text = "There are too few images to say how much of the range of real ones they cover."
+    elif recalls:
         key, number = recalls[0]
         cover = entry["metrics"][key.replace("recall", "coverage")]["value"]
         text = (
@@ -199,8 +210,7 @@ def _varied(content: Mapping[str, Any]) -> tuple[str, str]:
         if reference and reference["value"] is not None:
             text += f"; between two sets of real images it is {reference['value']:.0%} (recall)."
             less = reference["value"] - number["value"]
-            reach = sum((r["standard_error"] or 0) ** 2 for r in (reference, number)) ** 0.5 * 1.96
-            tone = "poor" if less > max(reach, 0.05) else "good"
+            tone = "poor" if less > max(_reach(reference, number), 0.05) else "good"
         else:
             text += "."
     made, real = (content["sets"][k].get("within", {}).get("ms_ssim") for k in ("synthetic", "real_train"))
@@ -209,14 +219,19 @@ def _varied(content: Mapping[str, Any]) -> tuple[str, str]:
             f" Two random synthetic images are {made['value']:.3f} alike (MS-SSIM), two real ones {real['value']:.3f}: "
         )
         gap = made["value"] - real["value"]
-        reach = ((made["standard_error"] or 0) ** 2 + (real["standard_error"] or 0) ** 2) ** 0.5 * 1.96
+        reach = _reach(made, real)
         if gap > reach:
             text += "the synthetic set repeats itself more."
             tone = "poor"
         else:
             text += "no less varied." if gap >= -reach else "more varied, which can also be noise."
-            tone = tone or "good"
+            tone = tone or ("good" if made["ci"] and real["ci"] else "")
     return text.strip() or "Not measured: the images are too small, or too few.", tone
+
+
+def _reach(*numbers: Mapping[str, Any]) -> float:
+    """How far two numbers may differ by chance."""
+    return _SURE * sum((number["standard_error"] or 0) ** 2 for number in numbers) ** 0.5
 
 
 def _paired(content: Mapping[str, Any]) -> tuple[str, str]:
@@ -244,7 +259,10 @@ def _hu(content: Mapping[str, Any]) -> tuple[str, str]:
         reference = ceiling["hu"][whole]["wasserstein"]
         text += f"; two sets of real images are {reference['value']:.0f} HU apart"
         high = (reference["ci"] or [0, reference["value"]])[1]
-        tone = "good" if number["value"] <= max(high, 2.0) else "poor"
+        tone = "good" if number["value"] <= max(high, _ROUNDING) else "poor"
+    elif number["value"] > _ROUNDING:
+        edges = entry["hu"][whole]["mean_difference"]["ci"]
+        tone = "poor" if edges and (edges[0] > 0 or edges[1] < 0) else ""
     rest = {
         name: row["mean_difference"]["value"]
         for name, row in entry["hu"].items()
@@ -252,21 +270,25 @@ def _hu(content: Mapping[str, Any]) -> tuple[str, str]:
     }
     if rest:
         worst = max(rest, key=lambda name: abs(rest[name]))
-        text += f". Farthest off in the mean is {worst} with {rest[worst]:+.0f} HU"
+        text += f". Farthest off in the mean is {worst.replace('_', ' ')} with {rest[worst]:+.0f} HU"
     return text + ".", tone
 
 
 def _masks(content: Mapping[str, Any]) -> tuple[str, str]:
     entry, _ = _main(content)
-    off = []
-    num = 0
-    for name, rows in entry.get("masks", {}).items():
-        for key, row in rows.items():
-            difference = row["mean_difference"]
-            if difference["ci"]:
-                num += 1
-                if difference["ci"][0] > 0 or difference["ci"][1] < 0:
-                    off.append(f"{name}: {key.replace('_', ' ')} {'larger' if difference['value'] > 0 else 'smaller'}")
+    rows = {
+        f"{name}: {key}".replace("_", " "): row["mean_difference"]
+        for name, found in entry.get("masks", {}).items()
+        for key, row in found.items()
+        if row["mean_difference"]["standard_error"]
+    }
+    num = len(rows)
+    sure = float(stats.norm.ppf(1 - 0.025 / max(1, num)))  # all together are wrong in 5 of 100 reports
+    off = [
+        f"{name} {'larger' if row['value'] > 0 else 'smaller'}"
+        for name, row in rows.items()
+        if abs(row["value"]) > sure * row["standard_error"]
+    ]
     if not num:
         return "There are too few masks to say; see the table.", ""
     if not off:
@@ -286,6 +308,8 @@ def _agree(content: Mapping[str, Any]) -> tuple[str, str]:
         f"A segmenter trained on real pairs finds the masks of synthetic images with Dice {made['value']:.2f}, those "
         f"of real ones that it has not seen with {real['value']:.2f}"
     )
+    if real["value"] < _LEARNED:
+        return text + ": it has learned too little to judge; give more --consistency-steps or --consistency-size.", ""
     if not difference["ci"]:
         return text + ".", ""
     if difference["ci"][1] < 0:

@@ -144,8 +144,8 @@ def mean_of_pairs(values: np.ndarray, groups_x: Sequence[Any], groups_y: Sequenc
         groups_y: of the second.
 
     Returns:
-        ``{"value", "n", "ci", "standard_error", "sd"}``; n is the number of pairs, sd their standard deviation; ci and
-        sd are None for one pair.
+        ``{"value", "n", "ci", "standard_error", "sd"}``; n is the number of pairs, sd their standard deviation (None
+        for one pair); ci is None where a side is of one patient.
     """
     values = np.asarray(values, np.float64)
     error = values - values.mean()
@@ -159,6 +159,7 @@ def mean_of_pairs(values: np.ndarray, groups_x: Sequence[Any], groups_y: Sequenc
     result = {"value": float(values.mean()), "n": len(values), "ci": None, "standard_error": None, "sd": None}
     if len(values) > 1:
         result["sd"] = float(values.std(ddof=1))
+    if min(len({str(g) for g in groups}) for groups in (groups_x, groups_y)) > 1:  # one patient says nothing of others
         x, y, both = part(groups_x), part(groups_y), part(groups_x, groups_y)
         variance = max(x + y - both, x, y, both) / len(values) ** 2
         reach = 1.959964 * variance**0.5
