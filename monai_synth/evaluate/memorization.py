@@ -175,7 +175,7 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
         "scores": {k: {"title": TITLES[k], **v["null"]} for k, v in every.items()},
         "held_out_scores": {k: [_short(x) for x in v["held_out"]] for k, v in every.items()},
         "sets": {k: _set_record(v) for k, v in (("training", train), ("held_out", held), ("synthetic", synthetic))},
-        "recipe": _recipe(size, resized, extractors),
+        "recipe": _recipe(size, resized, extractors, bool(mask_result)),
         "warnings": warnings,
         "seed": settings.seed,
         "versions": package_versions(),
@@ -431,7 +431,9 @@ def _set_record(cases: CaseSet) -> dict[str, Any]:
     }
 
 
-def _recipe(size: tuple[int, int], resized: bool, extractors: Mapping[str, door.Extractor]) -> dict[str, str]:
+def _recipe(
+    size: tuple[int, int], resized: bool, extractors: Mapping[str, door.Extractor], masks: bool
+) -> dict[str, str]:
     how = "resized to" if resized else "at their size of"
     text = {
         "images": f"{how} {size[0]} x {size[1]}; grey (luminance) ranks, so that monotone changes of brightness leave "
@@ -441,6 +443,8 @@ def _recipe(size: tuple[int, int], resized: bool, extractors: Mapping[str, door.
         "ssim": "SSIM (window 11 x 11, sigma 1.5) of ranks, over what both images show",
         "mask": "mutual information over the entropy of the mask (JDM thesis, Eq 5.1), same poses and shifts",
     }
+    if not masks:
+        del text["mask"]
     return text | {k: f"{e.recipe}; cosine about the training mean, images as they are" for k, e in extractors.items()}
 
 

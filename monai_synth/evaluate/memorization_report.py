@@ -115,9 +115,11 @@ def _answers(content: Mapping[str, Any]) -> str:
         f"Area under the curve {leak['value']:.2f} (0.5: not at all, 1: of every one; 95 % interval {interval}; "
         f"n = {leak['n'][0]} training and {leak['n'][1]} held-out images). "
     )
-    text += "Training images lie closer to the synthetic ones than held-out ones do." if tells else (
-        "No difference beyond chance." if leak["ci"] else ""
-    )  # fmt: skip
+    if tells:
+        text += "Training images lie closer to the synthetic ones than held-out ones do."
+    elif leak["ci"]:
+        apart = leak["ci"][1] < 0.5
+        text += "Held-out images lie even closer to them." if apart else "No difference beyond chance."
     answers.append(
         answer_html(
             "Can one tell who was in the training set?", text, "poor" if tells else "good" if leak["ci"] else ""
