@@ -368,6 +368,22 @@ def test_all_nine_features_are_trained_judged_and_kept(
     assert run_experiment(given, report=lambda text: None)["convergence"] == found
 
 
+# The command
+
+
+def test_the_command_passes_what_is_given_and_leaves_the_rest_to_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    from monai_synth import cli
+    from monai_synth.experiments import lsdm
+
+    calls = []
+    monkeypatch.setattr(lsdm, "run_experiment", lambda settings, report: calls.append(settings))
+    given = ["experiment", "lsdm", "--dataset", "D", "--models", "spade=S", "lsdm=L/model.pt", "--out", "O"]
+    assert cli.main(given) == 0
+    assert cli.main([*given, "--guidance", "none,all", "--sweep-scales", "1", "8", "--show-real"]) == 0
+    assert calls[0] == Settings("D", [("spade", "S"), ("lsdm", "L/model.pt")], "O")
+    assert (calls[1].guidance, calls[1].sweep_scales, calls[1].show_real) == (("none", "all"), [1.0, 8.0], True)
+
+
 # Bad input
 
 
