@@ -215,10 +215,12 @@ def test_every_option_says_its_default_and_every_number_its_range() -> None:
     assert {" ".join(parser.prog.split()[1:]) for parser in parsers} == {
         *VERBS,
         "evaluate fidelity",
+        "evaluate memorization",
         "experiment nnunet",
         "experiment classifier",
         "experiment expert",
         "experiment alignment",
+        "experiment lsdm",
     }
     for parser in parsers:
         parser.format_help()  # a stray % would raise here

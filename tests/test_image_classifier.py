@@ -303,7 +303,5 @@ def test_the_small_resnet_keeps_the_full_size_until_its_second_block_and_has_no_
     assert network(torch.rand(1, 1, 32, 32)).shape == (1, 3)
     assert shapes == [(16, 32, 32), (128, 4, 4)]
     torch.save(network.backbone.state_dict(), tmp_path / "own.pth")
-    with pytest.raises(
-        UserError, match=r"no published weights of resnet_small; train it from scratch, or take resn"
-    ):
+    with pytest.raises(UserError, match=r"no published weights of resnet_small; train it from scratch, or take resn"):
         network.load_backbone_weights(tmp_path / "own.pth")
