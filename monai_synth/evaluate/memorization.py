@@ -21,7 +21,8 @@ from monai_synth.evaluate import features as door
 from monai_synth.evaluate.case_sets import CaseSet
 from monai_synth.evaluate.memorization_audit import ImageSearch, SmallSet, nearest_by_extractor, read_small
 from monai_synth.evaluate.memorization_masks import MaskSearch
-from monai_synth.evaluate.memorization_pictures import POSES, poses_of, small_extractor
+from monai_synth.evaluate.memorization_pictures import poses_of
+from monai_synth.evaluate.memorization_record import TITLES, case_rows, console_lines, recipe_of, set_record, short
 from monai_synth.evaluate.memorization_removal import check_target, target_of, write_cleaned
 from monai_synth.evaluate.memorization_report import check_report, write_report
 from monai_synth.evaluate.memorization_sets import common_size, read_sets, without_training_patients
@@ -36,14 +37,6 @@ from monai_synth.evaluate.memorization_verdict import (
 )
 from monai_synth.evaluate.tracking import log_report, tracking_uri
 from monai_synth.export.provenance import package_versions
-
-TITLES = {
-    "features": "resemblance of small pictures",
-    "ssim": "SSIM",
-    "inception": "resemblance of Inception features",
-    "extractor": "resemblance of the classifier's features",
-    "mask": "mutual information of masks",
-}
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,9 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
     _warn_of_null(results, flagged, settings.level, warnings)
     for text in warnings[noted:]:
         report(f"note: {text}")
-    rows = _rows(synthetic, train, nearest["synthetic"], results, mask_result, masks, flagged, identical, image_scores)
+    rows = case_rows(
+        synthetic, train, nearest["synthetic"], results, mask_result, masks, flagged, identical, image_scores
+    )
     summary: dict[str, Any] = {"near_copies": rate(flagged), "identical": rate(identical), "membership": leak}
     if mask_result:
         summary["mask_copies"] = rate(mask_result["mask"]["flagged"])
@@ -173,9 +168,9 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
         "metric": "memorization",
         **summary,
         "scores": {k: {"title": TITLES[k], **v["null"]} for k, v in every.items()},
-        "held_out_scores": {k: [_short(x) for x in v["held_out"]] for k, v in every.items()},
-        "sets": {k: _set_record(v) for k, v in (("training", train), ("held_out", held), ("synthetic", synthetic))},
-        "recipe": _recipe(size, resized, extractors, bool(mask_result)),
+        "held_out_scores": {k: [short(x) for x in v["held_out"]] for k, v in every.items()},
+        "sets": {k: set_record(v) for k, v in (("training", train), ("held_out", held), ("synthetic", synthetic))},
+        "recipe": recipe_of(size, resized, extractors, bool(mask_result)),
         "warnings": warnings,
         "seed": settings.seed,
         "versions": package_versions(),
@@ -194,30 +189,6 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
     log_report(uri, experiment="memorization", run=synthetic.name, values=summary, params=params,
                files=[out / "report.html", out / "memorization.json"])  # fmt: skip
     return content
-
-
-def console_lines(content: Mapping[str, Any]) -> list[str]:
-    """The results as text."""
-
-    def share(number: Mapping[str, Any]) -> str:
-        low, high = number["ci"]
-        return f"{number['count']} of {number['n']} ({number['value']:.2%}, 95 % interval {low:.2%} to {high:.2%})"
-
-    lines = [f"near copies of training images: {share(content['near_copies'])}"]
-    if content["identical"]["count"]:
-        lines.append(f"  of these pixel for pixel: {content['identical']['count']}")
-    if "mask_copies" in content:
-        lines.append(f"near copies of training masks: {share(content['mask_copies'])}")
-    leak = content["membership"]
-    interval = "[{:.3f}, {:.3f}]".format(*leak["ci"]) if leak["ci"] else "no interval"
-    lines.append(f"membership inference, area under the curve: {leak['value']:.3f} {interval} n={leak['n']}")
-    for number in content["scores"].values():
-        lines.append(
-            f"  {number['title']}: held-out median {number['held_out_median']:.3f}, "
-            f"largest {number['held_out_max']:.3f}, near copy above {number['threshold']:.4f} "
-            f"(n={number['num_patients']} patients)"
-        )
-    return lines
 
 
 def _check(settings: Settings) -> None:
@@ -365,87 +336,6 @@ def _membership(search: ImageSearch, small: Mapping[str, SmallSet], settings: Se
     ]
     patients = tuple([case.patient_id for case in side.cases.cases] for side in sides)
     return membership(scores[0], scores[1], patients, seed=settings.seed)  # type: ignore[arg-type]
-
-
-def _rows(
-    synthetic: CaseSet,
-    train: CaseSet,
-    nearest: Mapping[str, Sequence[Mapping[str, Any]]],
-    results: Mapping[str, Mapping[str, Any]],
-    mask_result: Mapping[str, Mapping[str, Any]],
-    masks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
-    flagged: np.ndarray,
-    identical: np.ndarray,
-    image_scores: Sequence[str],
-) -> list[dict[str, Any]]:
-    rows = []
-    for i, case in enumerate(synthetic.cases):
-        p = {k: float(results[k]["p"][i]) for k in image_scores}
-        tails = {k: float(results[k]["tail"][i]) for k in image_scores}
-        by = min(image_scores, key=lambda k: (not results[k]["flagged"][i], tails[k]))
-        at = nearest[by][i]
-        row = {
-            "synthetic_id": case.case_id,
-            "verdict": "near copy" if flagged[i] else "no copy",
-            "identical": bool(identical[i]),
-            "by": by,
-            "nearest_id": train.cases[at["index"]].case_id,
-            "nearest_index": int(at["index"]),
-            "pose": int(at["pose"]),
-            "pose_name": POSES[at["pose"]],
-            "shift": list(at.get("shift", (0, 0))),
-            "p_value": min(1.0, min(p.values()) * len(p)),
-            "tail_p_value": min(1.0, min(tails.values()) * len(tails)),
-        }
-        for key, found in nearest.items():
-            row[key] = _short(found[i]["value"])
-            row[f"{key}_nearest_id"] = train.cases[found[i]["index"]].case_id
-            if "distance" in found[i]:
-                row[f"{key}_distance"] = _short(found[i]["distance"])
-        if mask_result:
-            found = masks["synthetic"]["mask"][i]
-            row |= {
-                "mask_verdict": "near copy" if mask_result["mask"]["flagged"][i] else "no copy",
-                "mask_nearest_id": train.cases[found["index"]].case_id,
-                "mask_pose": POSES[found["pose"]],
-                "mask_mi": _short(found["mi"]),
-                "mask_mi_share": _short(found["share"]),
-                "mask_p_value": float(mask_result["mask"]["p"][i]),
-            }
-        rows.append(row)
-    return rows
-
-
-def _short(value: float) -> float | None:
-    return round(float(value), 6) if np.isfinite(value) else None
-
-
-def _set_record(cases: CaseSet) -> dict[str, Any]:
-    return {
-        "dataset": cases.name,
-        "fingerprint": cases.fingerprint,
-        "split": cases.split,
-        "n": len(cases),
-        "num_available": cases.num_available,
-        "num_patients": len({case.patient_id for case in cases.cases}),
-    }
-
-
-def _recipe(
-    size: tuple[int, int], resized: bool, extractors: Mapping[str, door.Extractor], masks: bool
-) -> dict[str, str]:
-    how = "resized to" if resized else "at their size of"
-    text = {
-        "images": f"{how} {size[0]} x {size[1]}; grey (luminance) ranks, so that monotone changes of brightness leave "
-        f"no trace; over {len(poses_of(size))} poses and shifts of up to a 16th of the shorter side",
-        "features": f"{small_extractor(size).recipe}, laid on each other to the pixel, cosine after whitening by the "
-        "training images",
-        "ssim": "SSIM (window 11 x 11, sigma 1.5) of ranks, over what both images show",
-        "mask": "mutual information over the entropy of the mask (JDM thesis, Eq 5.1), same poses and shifts",
-    }
-    if not masks:
-        del text["mask"]
-    return text | {k: f"{e.recipe}; cosine about the training mean, images as they are" for k, e in extractors.items()}
 
 
 def _remove(
