@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -250,12 +251,25 @@ def test_the_page_tells_the_texts_numbers_what_is_missing_and_shows_no_real_slic
     page = (out / "report.html").read_text()
     assert "0.42 &plusmn; 0.04" in page  # SSIM of SPADE in Table 5.1
     assert "there is no Frechet distance and no FID" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert not re.search(r"(src|href)=.(?!data:)", page)
     assert "--show-real only" in page
     assert str(files) not in page + (out / "results.json").read_text()
     before = page.count("<img")
     run_experiment(toy.settings(files, tiny_dataset, out, show_real=True), report=lambda text: None)
     assert (out / "report.html").read_text().count("<img") == before + 1  # the reconstructions
+
+
+def test_a_guiding_classifier_that_did_not_converge_is_told_on_the_page(
+    files: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(files / "models", tmp_path / "models")
+    path = tmp_path / "models" / "classifier_malignancy.pt"
+    report = {"n": 4, "val_loss": 0.71, "constant_loss": 0.693, "converged": False}
+    save_atomic(load_file(path) | {"report": report}, path)
+    given = toy.settings(files, tiny_dataset, tmp_path / "out", **QUICK, models=[("a", str(tmp_path / "models"))])
+    content = run_experiment(given, report=lambda text: None)
+    assert content["classifiers"] == {"malignancy": report, **dict.fromkeys(toy.FEATURES[1:])}
+    assert "classifier of malignancy did not converge" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_values_go_to_mlflow_where_an_address_is_given(
@@ -319,6 +333,13 @@ def test_the_latent_gradient_is_the_image_gradient_through_the_decoder_inside_th
     )
 
 
+def test_the_noise_of_the_gradients_is_that_of_no_sample() -> None:
+    from monai_synth.experiments import lsdm_report, lsdm_sampling
+
+    last = lsdm_sampling.image_seed(lsdm_sampling.MOST_SEEDS - 1, lsdm_sampling.SEED_STEP - 1)
+    assert last < lsdm_report._NOISE < 2**32 - lsdm_sampling.SEED_STEP
+
+
 def test_centre_and_boundary_tell_a_shrinking_nodule_from_a_growing_one() -> None:
     inside = np.zeros((20, 20), bool)
     inside[8:12, 8:12] = True
@@ -351,6 +372,22 @@ def test_skill_is_one_for_the_truth_and_zero_for_the_best_constant() -> None:
     assert convergence.judge("malignancy", logits, binary, patients)["skill"]["value"] > 0.99
     alike = convergence.judge("subtlety", np.full(shape, 3.0), np.full(40, 3.0), patients)
     assert (alike["skill"], alike["learned"]) == (None, None)
+
+
+def test_each_cell_of_the_convergence_table_stands_under_its_heading() -> None:
+    from monai_synth.data.semantic import FEATURES
+    from monai_synth.experiments.lsdm_tables import convergence_table
+
+    targets = np.array([1.0, 2, 3, 4, 5, 1, 2, 3, 4, 5])
+    truth = np.broadcast_to(targets[:, None, None, None], (10, 4, 2, 1))
+    found = convergence.judge("texture", truth, targets, [f"p{i}" for i in range(10)])
+    page = convergence_table({"bands": convergence.bands_of(1000), "features": dict.fromkeys(FEATURES, found)})
+    head = re.findall(r"<th>(.*?)</th>", page)
+    (row,) = (r for r in re.findall(r"<tr>(.*?)</tr>", page) if r.startswith("<td>texture<"))
+    cells = dict(zip(head, re.findall(r"<td>(.*?)</td>", row), strict=True))
+    assert (cells["feature"], cells["learned"], cells["the text"]) == ("texture", "yes", "converged")
+    assert "<b>1</b>" in cells["t 750 to 999"]
+    assert cells["held-out nodules"].startswith("10 ")
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def report_html(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         for part, names in (("scale", ("scale_sweep", "side_by_side")), ("feature", ("feature_sweep",))):
             if sweeps[part]:
                 parts += [_figure(pictures, name, *_CAPTIONS[name]) for name in names]
-                parts.append(tables.sweep_table(sweeps, part, sweeps["unguided"]))
+                parts.append(tables.sweep_table(sweeps, part))
     if "convergence" in content:
         parts.append(_figure(pictures, "convergence", *_CAPTIONS["convergence"]))
         parts.append(tables.convergence_table(content["convergence"]))
@@ -87,7 +87,8 @@ _CAPTIONS = {
     "side_by_side": ("Whole slices under strong guidance (Fig 5.9)", "The same map and noise."),
     "feature_sweep": (
         "Each feature turned (Fig 5.7)",
-        "One nodule, one noise; each row asks for one feature's values and for nothing else.",
+        "One nodule, one noise; each row asks for one feature's values and for nothing else; of malignancy, "
+        "benign stands under 1 and malignant under 5.",
     ),
     "convergence": (
         "Which features can be read from noisy nodules (Sec 4.2)",

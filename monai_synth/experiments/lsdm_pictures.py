@@ -110,8 +110,10 @@ class Pictures:
         sheet = _Sheet(["unguided", *(f"{value:g}" for value in RATINGS)])
         for feature in features:
             arms = [arm for (f, _), arm in sweeps.feature_arms.items() if f == feature]
-            title = f"{feature}\n(0, 1)" if feature == MALIGNANCY else feature
-            sheet.row(self._nodules(sweeps, [sweeps.unguided, *arms], sweeps.indices[0], crop), title)
+            cells = self._nodules(sweeps, [sweeps.unguided, *arms], sweeps.indices[0], crop)
+            if feature == MALIGNANCY:  # benign and malignant stand under the ends of the scale
+                cells = [*cells[:2], *[np.full_like(cells[0], 255)] * (len(RATINGS) - 2), cells[2]]
+            sheet.row(cells, feature)
         self.found["feature_sweep"] = sheet.png()
 
     def side_by_side(self, sweeps: Sweeps) -> None:

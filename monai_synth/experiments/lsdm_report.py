@@ -13,6 +13,7 @@ from typing import Any
 
 from monai_synth import __version__
 from monai_synth.atomic import write_bytes, write_json
+from monai_synth.checkpoint import load_file
 from monai_synth.evaluate.features import Extractor
 from monai_synth.evaluate.perceptual import Perceptual
 from monai_synth.evaluate.similarity import ms_ssim_recipe
@@ -30,6 +31,7 @@ from monai_synth.experiments.lsdm_tables import text_column
 from monai_synth.export.provenance import package_versions
 from monai_synth.inference.guidance import MALIGNANCY
 
+_NOISE = 4_100_000_000  # seeds of the gradients' noise, above those of all samples: none may meet its own noise again
 _PRIVATE = ("dataset", "models", "out", "inception", "radimagenet", "extractor", "lpips", "mlflow")  # paths
 
 
@@ -161,6 +163,7 @@ def _head(given: Comparison, done: Mapping[str, int]) -> dict[str, Any]:
         },
         "baseline": given.baseline.name,
         "guided": given.guided.name if given.guided else None,
+        "classifiers": _classifiers(given.guided),
         "num_slices": len(given.cases),
         "num_slices_found": given.cases.num_found,
         "num_patients": len({given.cases.patient(i) for i in given.cases.indices}),
@@ -179,6 +182,14 @@ def _head(given: Comparison, done: Mapping[str, int]) -> dict[str, Any]:
         "versions": {"monai_synth": __version__, **package_versions()},
         "settings": settings | {"device": given.device},
     }
+
+
+def _classifiers(model: Model | None) -> dict[str, Any]:
+    """What the training of each guiding classifier said of its convergence; None where its file does not tell."""
+    if model is None:
+        return {}
+    paths = {feature: model.path.parent / f"classifier_{feature}.pt" for feature in model.features}
+    return {feature: load_file(path, stage="classifier").get("report") for feature, path in paths.items()}
 
 
 def _tables(given: Comparison, num_seeds: int, report: Callable[[str], None]) -> dict[str, Any]:
@@ -239,7 +250,7 @@ def _gradients(given: Comparison, pictures: Pictures, report: Callable[[str], No
         item = given.cases.item(i)
         image = to_tensor(given.cases.real(i) if given.settings.show_real else generated[i]).to(given.device)
         nodule = max(item["nodules"], key=lambda n: n.get("area", 0))
-        views.append([gradients.view_nodule(model, image, item["label"], nodule, t, seed=i) for t in times])
+        views.append([gradients.view_nodule(model, image, item["label"], nodule, t, seed=_NOISE + i) for t in times])
         patients.append(given.cases.patient(i))
     shown = views[:: max(1, len(views) // 3)][:3]
     pictures.image_gradients(shown)

@@ -10,6 +10,7 @@ from typing import Any
 from monai_synth.data.semantic import FEATURES
 from monai_synth.experiments.lsdm_convergence import TEXT_CONVERGED
 from monai_synth.experiments.lsdm_source import Arm
+from monai_synth.inference.guidance import MALIGNANCY
 from monai_synth.page import table_html
 
 # LSDM thesis, Tables 5.1 and 5.2: mean and deviation
@@ -132,7 +133,7 @@ def reconstruction_table(found: Mapping[str, Any]) -> str:
     return table_html(["real slice against its reconstruction", ""], [[title(k), cell(v)] for k, v in found.items()])
 
 
-def sweep_table(found: Mapping[str, Any], part: str, unguided: Mapping[str, Any]) -> str:
+def sweep_table(found: Mapping[str, Any], part: str) -> str:
     """Measures of a sweep, a row for each setting."""
     head = [
         "asked of the nodule",
@@ -142,6 +143,7 @@ def sweep_table(found: Mapping[str, Any], part: str, unguided: Mapping[str, Any]
         "the classifier reads",
         "n",
     ]
+    unguided = {f: e for f, e in found["unguided"].items() if part == "feature" or f == MALIGNANCY}
     rows = [[f"{html.escape(name)}, unguided", *_row(entry)] for name, entry in unguided.items()]
     rows += [[html.escape(name), *_row(entry)] for name, entry in found[part].items()]
     return table_html(head, rows)
@@ -164,14 +166,8 @@ def gradient_table(times: Mapping[str, Any]) -> str:
 
 def convergence_table(found: Mapping[str, Any]) -> str:
     """Skill of each feature by band of timesteps."""
-    head = [
-        "feature",
-        "all t",
-        *(f"t {a} to {b}" for a, b in found["bands"]),
-        "held-out nodules",
-        "learned",
-        "the text",
-    ]
+    times = [f"t {first} to {last}" for first, last in found["bands"]]
+    head = ["feature", "learned", "the text", "all t", *times, "held-out nodules"]
     rows = []
     for feature in _by_skill(found["features"]):
         entry = found["features"][feature]
@@ -180,8 +176,8 @@ def convergence_table(found: Mapping[str, Any]) -> str:
         labels = ", ".join(f"{count} of {value}" for value, count in entry["labels"].items())
         verdict = {True: "yes", False: "no", None: "cannot tell"}[entry["learned"]]
         rows.append(
-            [feature.replace("_", " "), whole, *bands, f"{entry['n']} <small>({labels})</small>", verdict,
-             "converged" if feature in TEXT_CONVERGED else "did not"]
+            [feature.replace("_", " "), verdict, "converged" if feature in TEXT_CONVERGED else "did not",
+             whole, *bands, f"{entry['n']} <small>({labels})</small>"]
         )  # fmt: skip
     return table_html(head, rows)
 

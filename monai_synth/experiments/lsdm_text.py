@@ -29,6 +29,13 @@ def warnings(content: Mapping[str, Any]) -> list[str]:
         texts += entry["warnings"]
     distances = [r for t in ("table_5_1", "table_5_2") for a in content.get(t, {}).values() for r in a.values()]
     texts += dict.fromkeys(w for r in distances for w in r.get("warnings", []) if w not in texts)
+    for feature, found in content["classifiers"].items():
+        if found and found.get("converged") is False:
+            texts.append(
+                f"The guiding classifier of {feature} did not converge in its training (validation loss "
+                f"{found['val_loss']:.3f}, best constant {found['constant_loss']:.3f}, n {found['n']} nodules): its "
+                "guidance moves pixels, but not towards the feature."
+            )
     other = [arm for arm, entry in content["arms"].items() if not entry["same_dataset"]]
     if other:
         texts.append(
@@ -84,7 +91,7 @@ def _ranking(metric: str, what: str, table: Mapping[str, Any], baseline: str) ->
     against = f"; against {baseline} on the same maps and noise: {', '.join(verdicts)}" if verdicts else ""
     n, extreme = table[best][metric]["n"], "highest" if higher else "lowest"
     value = tables.number(values[best])
-    return f"{tables.title(metric)}, {what} (n={n}): the {extreme} mean has {best} with {value}{against}."
+    return f"{tables.title(metric)}, {what} (n={n}): {best} has the {extreme} mean, {value}{against}."
 
 
 def _verdict(difference: Mapping[str, Any], higher: bool) -> str:
@@ -192,8 +199,19 @@ def limits(content: Mapping[str, Any]) -> list[str]:
             "with it; "
             "train with --collapse_nodule_labels True for guidance alone."
         )
+    if content["extractors"]:
+        texts.append(
+            "Generated and real slices share their maps, which makes the two sets more alike than independent ones: a "
+            "kernel distance can lie below 0 by more than its interval."
+        )
     if missing:
         texts.append(f"Columns of the text's tables without a model here: {', '.join(missing)}.")
+    gans = [arm for arm, entry in content["arms"].items() if entry["bundle"] == "spade_gan"]
+    if gans and content["num_seeds"] > 1:
+        texts.append(
+            f"{', '.join(gans)}: a GAN without an encoder makes the same image of a map for every seed, so its "
+            "deviation over seeds is 0; train bundle spade_gan with --z_dim 256 for several images of a map."
+        )
     if content["num_seeds"] == 1:
         texts.append("One seed: how much the numbers move with the noise is not known.")
     if "convergence" not in content:
