@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from monai_synth.errors import UserError
 
 _SHOWN_KEYS = 4  # keys named in an error message before "and N more"
+_HINT = (
+    "Build the network with the options of the training (weights of MONAI: time_scale_shift=False and, with SPADE,"
+    " spade_in=('up',) and spade_variant='monai'). Cross-attention is not supported."
+)
 
 
 def convert_monai_state_dict(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,8 +56,13 @@ def convert_monai_state_dict(state_dict: Mapping[str, Tensor], own: Mapping[str,
     return converted
 
 
-def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], *, hint: str = _HINT) -> None:
     """Load weights, or nothing at all where a key or a shape does not match.
+
+    Args:
+        network: what is loaded into.
+        state_dict: the weights.
+        hint: how to mend it, the end of the message.
 
     Raises:
         UserError: naming the keys that are missing, left over, or of another shape.
@@ -69,12 +78,7 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     problems = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
     found = [f"{len(keys)} {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
     if found:
-        msg = (
-            f"These weights do not fit {type(network).__name__} ({'; '.join(found)}). Build the network"
-            " with the options of the training (weights of MONAI: time_scale_shift=False and, with SPADE,"
-            " spade_in=('up',) and spade_variant='monai'). Cross-attention is not supported."
-        )
-        raise UserError(msg)
+        raise UserError(f"These weights do not fit {type(network).__name__} ({'; '.join(found)}). {hint}")
     network.load_state_dict(dict(state_dict))
 
 
