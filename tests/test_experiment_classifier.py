@@ -303,7 +303,7 @@ def test_weights_of_the_loss_are_the_texts_for_two_classes():
     ("change", "match"),
     [
         ({"rows": ["99"]}, "there is no row 99"),
-        ({"backbone": "vgg16"}, "backbone 'vgg16'; allowed are resnet18"),
+        ({"backbone": "vgg16"}, "backbone 'vgg16'; allowed are resnet_small, resnet18"),
         ({"positive": "up"}, "no class 'up'; allowed are left, right"),
         ({"weights": "/nowhere.pth"}, r"no weights file /nowhere.pth; .*resnet18-f37072fd\.pth"),
         ({"device": "cuda"}, "finds no GPU"),

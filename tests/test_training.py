@@ -114,7 +114,7 @@ def test_learning_rates_start_whole_and_a_longer_training_decays_longer(name: st
     if name != "constant":
         assert short(10) == pytest.approx(0.0)
         assert long(10) == pytest.approx(0.5)
-    with pytest.raises(UserError, match="constant, linear, cosine"):
+    with pytest.raises(UserError, match="constant, linear, second_half, cosine"):
         lr_decay("exp", 10)
 
 
