@@ -20,7 +20,7 @@ from torch import nn
 import monai_synth.convert.verify as verify
 from monai_synth import cli
 from monai_synth.bundle import load_codec
-from monai_synth.checkpoint import load_file, restore_network
+from monai_synth.checkpoint import load_file, restore_network, sha256_of
 from monai_synth.convert import Settings, convert_checkpoint
 from monai_synth.convert.source import network_text, read_weights, schedule_text
 from monai_synth.diffusion import alphas_cumprod
@@ -143,6 +143,25 @@ def test_autoencoder_and_spade_network_convert_and_bundle_lsdm_samples_with_them
     images = sorted((tmp_path / "out").rglob("imagesTr/*.png"))
     assert len(images) == 2
     assert np.asarray(Image.open(images[0])).std() > 0
+
+
+@pytest.mark.slow
+def test_bundle_lsdm_trains_its_diffusion_model_on_a_converted_autoencoder(
+    library: Any, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    coder = theirs(library, "AutoencoderKL", AUTOENCODER)
+    settings = ask(tmp_path, "AutoencoderKL", AUTOENCODER, coder, "models/autoencoder.pt", dataset=str(tiny_dataset))
+    convert(settings)
+    before = Path(settings.out).read_bytes()
+    run(
+        "lsdm", "train.json", "train", "training", preset="demo", image_size=[64, 64], max_epochs=1, val_interval=1,
+        features=[], device="cpu", dataset_dir=str(tiny_dataset), ckpt_dir=str(tmp_path / "models"),
+        output_dir=str(tmp_path / "eval"), latest_dir=str(tmp_path),
+    )  # fmt: skip
+    assert Path(settings.out).read_bytes() == before
+    assert not (tmp_path / "models" / "last_autoencoder.pt").exists()
+    contract = load_file(tmp_path / "models" / "model.pt", stage="diffusion")["contract"]
+    assert contract["autoencoder_sha256"] == sha256_of(settings.out)
 
 
 def test_a_network_of_classes_converts_and_bundle_cfg_ddpm_samples_with_it(
@@ -273,7 +292,7 @@ def test_wrong_sources_end_in_one_message(class_dataset: Path, tmp_path: Path) -
     assert "several state dicts, at a, b" in said({"a": weights, "b": weights})
     assert "holds no weights at 'c'; there are some at: a, b" in said({"a": weights, "b": weights}, key="c")
     assert "holds no state dict" in said([1, 2])
-    assert "holds more than weights" in said({"network": SimpleNamespace(a=1)})
+    assert "holds more than weights (pickled objects" in said({"network": SimpleNamespace(a=1)})
     assert "not finite, first out.2" in said({**weights, "out.2.conv.bias": torch.tensor([float("nan")])})
     assert "a trained file of this package already" in said({"format": "monai_synth/1"})
     untrained = nets.DiffusionModelUNet(**CLASSES)
@@ -282,6 +301,10 @@ def test_wrong_sources_end_in_one_message(class_dataset: Path, tmp_path: Path) -
     whole = Path(settings.source).read_bytes()
     Path(settings.source).write_bytes(whole[: len(whole) // 2])
     assert "truncated or no checkpoint" in message_of(settings)
+    Path(settings.source).write_text("weights")
+    assert "truncated or no checkpoint" in message_of(settings)
+    torch.jit.script(nn.Conv2d(1, 1, 1)).save(settings.source)
+    assert "holds more than weights (pickled objects, or TorchScript)" in message_of(settings)
     Path(settings.source).unlink()
     assert "there is no checkpoint" in message_of(settings)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +62,17 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; give the file that the other library's training wrote")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        msg = (
-            f"{path} holds more than weights (pickled objects, or it is TorchScript), which is not unpickled because "
-            "it could run code; save the network's state_dict() with torch.save where it was made, and give that"
-        )
-        raise UserError(msg) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript torch says twice what the message says
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged or foreign file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        msg = f"{path} cannot be read ({reason}): it is truncated or no checkpoint of PyTorch; copy it again"
+        if _holds_code(path, error):
+            msg = (
+                f"{path} holds more than weights (pickled objects, or TorchScript), which is not unpickled because it "
+                "could run code; save the network's state_dict() with torch.save where it was made, and give that"
+            )
+        else:
+            msg = f"{path} cannot be read: it is truncated or no checkpoint of PyTorch; copy or save it again"
         raise UserError(msg) from error
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         raise UserError(f"{path} is a trained file of this package already; use it as it is")
@@ -82,6 +85,14 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
             f"{path}: weights that are not finite, first {broken[0]}; the training went wrong, give another file"
         )
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+
+
+def _holds_code(path: Path, error: Exception) -> bool:
+    """Whether a file that was not loaded is whole, but not weights alone."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    pickled = head[:1] == b"\x80" or zipfile.is_zipfile(path)
+    return pickled and (isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error))
 
 
 def _state_dict(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:
