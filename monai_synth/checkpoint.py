@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from monai_synth.errors import UserError
 
 FORMAT = "monai_synth/1"
 NETWORK_PACKAGES = ("monai_synth.networks", "monai.networks.nets")
+_OWN_NETWORK = re.compile(r"^(?!monai\.)\w+\.networks\.(?=\w+$)")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -50,10 +52,12 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 def build_network(arch: Mapping[str, Any]) -> nn.Module:
     """Network of ``{"target": dotted name, "args": {...}}``.
 
+    A network of this package may be named by the package's own name or by that of a copy in a packaged bundle.
+
     Raises:
         UserError: the name is not a network of this package or of MONAI, or the arguments do not fit it.
     """
-    package, _, name = str(arch["target"]).rpartition(".")
+    package, _, name = _OWN_NETWORK.sub(f"{__package__}.networks.", str(arch["target"])).rpartition(".")
     if not package.startswith(NETWORK_PACKAGES):
         raise UserError(f"network {arch['target']!r} is not in {' or '.join(NETWORK_PACKAGES)}; give one that is")
     try:

@@ -15,6 +15,7 @@ from monai_synth import __version__
 from monai_synth.commands.convert import add_convert
 from monai_synth.commands.evaluate import add_evaluate
 from monai_synth.commands.experiment import add_experiment
+from monai_synth.commands.package import add_package
 from monai_synth.commands.prepare import add_prepare
 from monai_synth.errors import UserError
 
@@ -58,5 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     add_prepare(verbs.add_parser("prepare", help="turn a source into a dataset that the bundles train on"))
     add_evaluate(verbs.add_parser("evaluate", help="judge generated images"))
     add_experiment(verbs.add_parser("experiment", help="find out whether synthetic data help"))
+    add_package(verbs.add_parser("package", help="make a bundle that runs without monai_synth"))
     add_convert(verbs.add_parser("convert", help="take checkpoints of monai-generative and of MONAI's bundles"))
     return parser

@@ -23,6 +23,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from monai.bundle.config_item import ConfigComponent
 from PIL import Image
 
+import monai_synth
 from monai_synth.checkpoint import load_file
 from monai_synth.export.provenance import ProvenanceWriter
 
@@ -62,7 +63,7 @@ def test_a_bundle_holds_the_files_that_the_specification_asks_for(bundle: Path) 
 def test_metadata_obeys_the_schema_and_lists_its_version(bundle: Path, tmp_path: Path) -> None:
     meta = bundle / "configs" / "metadata.json"
     schema = tmp_path / "schema.json"
-    schema.write_bytes((Path(__file__).parent / "metadata_schema.json").read_bytes())
+    schema.write_bytes((Path(monai_synth.__file__).parent / "metadata_schema.json").read_bytes())
     # verify_metadata downloads the schema only where the file is not there
     verify_metadata(meta_file=str(meta), filepath=str(schema))
     content = json.loads(meta.read_text())

@@ -221,6 +221,7 @@ def test_every_option_says_its_default_and_every_number_its_range() -> None:
         "experiment expert",
         "experiment alignment",
         "experiment lsdm",
+        "package",
         "convert",
     }
     for parser in parsers:

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle with its weights as others take it: folder and zip that run where this package is not installed.
+
+Everything is built and checked beside the place where it goes, so nothing half-made appears there. The same input
+gives the same bytes: files are sorted, times are fixed, and versions are those installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai_synth import __version__
+from monai_synth.errors import UserError
+from monai_synth.package_check import LARGE
+from monai_synth.package_docs import packaged_readme
+from monai_synth.package_vendor import Code, needed_code, read_configs, renamed_configs, write_code
+
+ROOT = Path(__file__).resolve().parent
+OWN = ROOT.name
+_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def package_bundle(
+    bundle: str,
+    *,
+    ckpt_dir: str,
+    out: str,
+    depend: bool = False,
+    version: str | None = None,
+    change: str | None = None,
+    weights_url: str | None = None,
+    dataset_dir: str | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Write ``out/<bundle>/`` and ``out/<bundle>_v<version>.zip``, and check them as the model zoo does.
+
+    Args:
+        bundle: folder of a bundle, or the name of one of this package.
+        ckpt_dir: folder with its trained files.
+        out: folder to write to; it must not exist, or be empty.
+        depend: pin this package as a dependency instead of copying the code that the bundle needs.
+        version: of the packaged bundle. Default: that of its metadata.
+        change: what is new in ``version``; needed where its changelog does not have it.
+        weights_url: where weights above 25 MB will lie; their names are added to it.
+        dataset_dir: dataset for checking training and sampling. Default: the built-in phantom.
+        report: takes each line of the result.
+
+    Returns:
+        The zip.
+
+    Raises:
+        UserError: there is no such bundle; no trained file, or one of another bundle; ``out`` is not empty; the
+            version has no entry in the changelog; a check of the packaged bundle fails.
+    """
+    source = _bundle_folder(bundle)
+    name = source.name
+    target = _free_folder(out)
+    meta = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    meta = _with_version(meta, version, change)
+    files = _trained_files(name, Path(ckpt_dir))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        folder = work / name
+        _build(source, folder, meta, files, depend=depend, weights_url=weights_url)
+        archive = work / f"{name}_v{meta['version']}.zip"
+        _write_zip(folder, archive)
+        for line in _check(archive, dataset_dir, forbid=not depend, private=[str(Path(ckpt_dir).absolute())]):
+            report(line)
+        if target.is_dir():
+            target.rmdir()
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    report(f"wrote {target / name} with {', '.join(sorted(files))}")
+    report(f"wrote {target / archive.name}")
+    return target / archive.name
+
+
+# What the user gives
+
+
+def _bundle_folder(bundle: str) -> Path:
+    own = ROOT.parent / "bundles"
+    for folder in (Path(bundle), Path("bundles") / bundle, own / bundle):
+        if (folder / "configs" / "metadata.json").is_file():
+            folder = folder.resolve()
+            if not folder.name.isidentifier():
+                raise UserError(f"the bundle's folder is named {folder.name!r}; give it a name of letters, digits, '_'")
+            return folder
+    known = sorted(p.name for p in own.glob("*") if (p / "configs" / "metadata.json").is_file())
+    raise UserError(f"there is no bundle {bundle!r}; give a folder with configs/metadata.json, or {', '.join(known)}")
+
+
+def _free_folder(out: str) -> Path:
+    target = Path(out).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--out {out} is there and not empty; give another folder, or remove it")
+    return target
+
+
+def _with_version(meta: dict[str, Any], version: str | None, change: str | None) -> dict[str, Any]:
+    version = meta["version"] if version is None else version
+    if not _VERSION.fullmatch(version):
+        raise UserError(f"--version is {version!r}; give MAJOR.MINOR.PATCH, e.g. 0.2.0")
+    changelog = dict(meta["changelog"])
+    if change:
+        if version in changelog:
+            raise UserError(f"the changelog has {version} already; give a new --version with --change")
+        changelog = {version: change, **changelog}
+    elif version not in changelog:
+        raise UserError(f"the changelog has no {version}; say with --change TEXT what is new in it")
+    return meta | {"version": version, "changelog": changelog}
+
+
+def _trained_files(bundle: str, folder: Path) -> dict[str, Path]:
+    """The trained files of this bundle by name; not those for resuming."""
+    from monai_synth.checkpoint import load_file
+
+    if not folder.is_dir():
+        raise UserError(f"--ckpt-dir {folder} is no folder; give the one that a training of {bundle} wrote to")
+    model = load_file(folder / "model.pt", option="--ckpt-dir")
+    there = model["contract"].get("bundle")
+    if there != bundle:
+        raise UserError(
+            f"{folder / 'model.pt'} was trained by the bundle {there!r}, this is {bundle!r}; give the right --ckpt-dir"
+        )
+    found = {}
+    for path in sorted(folder.glob("*.pt")):
+        if path.name.startswith(("last_", ".")):
+            continue
+        if load_file(path, option="--ckpt-dir")["contract"].get("bundle", bundle) == bundle:
+            found[path.name] = path
+    return found
+
+
+# What is written
+
+
+def _build(
+    source: Path,
+    folder: Path,
+    meta: dict[str, Any],
+    files: Mapping[str, Path],
+    *,
+    depend: bool,
+    weights_url: str | None,
+) -> None:
+    name = source.name
+    package = f"{name}_scripts"
+    configs = read_configs(source / "configs")
+    code = needed_code(configs, ROOT)
+    _own_defaults(configs["inference.json"], files)
+    if not depend:
+        configs = renamed_configs(configs, name, package, ROOT)
+        write_code(code, folder, package, ROOT)
+    meta = meta | _pins(meta, code, depend=depend) | _data_format(meta, files["model.pt"])
+    for part in ("configs", "docs", "models"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for path, content in {"metadata.json": meta, **configs}.items():
+        text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+        (folder / "configs" / path).write_text(text, encoding="utf-8")
+    for path in ("LICENSE", "configs/logging.conf", "docs/data_license.txt"):
+        if (source / path).is_file():
+            shutil.copyfile(source / path, folder / path)
+    readme = (source / "docs" / "README.md").read_text(encoding="utf-8")
+    (folder / "docs" / "README.md").write_text(packaged_readme(readme, name, meta, depend=depend), encoding="utf-8")
+    for file, path in files.items():
+        shutil.copyfile(path, folder / "models" / file)
+    _write_large_files(folder, weights_url)
+
+
+def _own_defaults(inference: dict[str, Any], files: Mapping[str, Path]) -> None:
+    """Sample with the weights of the bundle whatever the dataset, and guide features that have a classifier there."""
+    inference["ckpt_dir"] = "$@latest['ckpt_dir']"
+    if "features" in inference:
+        inference["features"] = [f for f in inference["features"] if f"classifier_{f}.pt" in files]
+
+
+def _pins(meta: Mapping[str, Any], code: Code, *, depend: bool) -> dict[str, Any]:
+    """Versions as installed: of MONAI, torch, numpy, what the metadata names, and what the code imports."""
+    of_module = importlib.metadata.packages_distributions()
+
+    def names(modules: set[str]) -> set[str]:
+        return {_normal(of_module[m][0]) for m in modules if m in of_module}
+
+    declared = {_normal(re.split(r"[^\w.-]", r)[0]) for r in _requirements() if "extra ==" not in r}
+    lazy = names(code.sometimes)
+    first = {"monai", "torch", "numpy"}
+    required = (set(map(_normal, meta["required_packages_version"])) | names(code.always) | lazy & declared) - first
+    required -= {_normal(OWN)}
+    optional = lazy - declared - first - required
+    pins = {name: _installed(name) for name in sorted(required)}
+    return {
+        "monai_version": _installed("monai"),
+        "pytorch_version": _installed("torch"),
+        "numpy_version": _installed("numpy"),
+        "required_packages_version": ({OWN: __version__} if depend else {}) | pins,
+        "optional_packages_version": {name: _installed(name) for name in sorted(optional)},
+    }
+
+
+def _requirements() -> Sequence[str]:
+    try:
+        return importlib.metadata.requires(OWN) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"{name} is not installed, so its version cannot be pinned; install it") from error
+
+
+def _data_format(meta: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """Sizes of this model's input and output; those of the metadata are the demo's.
+
+    The first convolution knows the channels, the contract the size, and a call the rest.
+    """
+    import torch
+
+    from monai_synth.checkpoint import load_file, restore_network
+    from monai_synth.package_check import extra_arguments
+
+    contract = load_file(model)["contract"]
+    network = restore_network(load_file(model), model)
+    first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    size = [int(n) // int(contract.get("factor", 1)) for n in contract["image_size"]]
+    made = json.loads(json.dumps(meta["network_data_format"]))
+    image, pred = made["inputs"]["image"], made["outputs"]["pred"]
+    _resize(image, [first.in_channels, *size])
+    extra = extra_arguments(network, model, made)
+    with torch.no_grad():
+        output = network(torch.zeros(1, first.in_channels, *size), **extra)
+    _resize(pred, list(output.shape[1:]))
+    return {"network_data_format": made}
+
+
+def _resize(spec: dict[str, Any], shape: Sequence[int]) -> None:
+    if spec["num_channels"] != shape[0]:
+        spec.pop("channel_def", None)  # its words are for another number of channels
+    spec["num_channels"], spec["spatial_shape"] = int(shape[0]), [int(n) for n in shape[1:]]
+
+
+def _write_large_files(folder: Path, weights_url: str | None) -> None:
+    from monai_synth.checkpoint import sha256_of
+
+    lines = []
+    for path in sorted((folder / "models").iterdir()):
+        if path.stat().st_size > LARGE:
+            url = f"{weights_url.rstrip('/')}/{path.name}" if weights_url else ""
+            lines += [
+                f'  - path: "models/{path.name}"', f'    url: "{url}"',
+                f'    hash_val: "{sha256_of(path)}"', '    hash_type: "sha256"',
+            ]  # fmt: skip
+    if lines:
+        (folder / "large_files.yml").write_text("\n".join(["large_files:", *lines]) + "\n", encoding="utf-8")
+
+
+def _write_zip(folder: Path, archive: Path) -> None:
+    """Zip a folder so that equal content gives equal bytes."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            info = zipfile.ZipInfo(path.relative_to(folder.parent).as_posix(), date_time=_TIME)
+            info.external_attr = 0o100644 << 16
+            info.create_system = 3
+            info.compress_type = zipfile.ZIP_STORED if path.suffix == ".pt" else zipfile.ZIP_DEFLATED
+            with path.open("rb") as content, file.open(info, "w", force_zip64=True) as written:
+                shutil.copyfileobj(content, written, 1 << 20)
+
+
+# How it is checked
+
+
+def _check(archive: Path, dataset_dir: str | None, *, forbid: bool, private: list[str]) -> list[str]:
+    """Lines of the checks of what the zip holds, in an empty folder and a process of its own.
+
+    Raises:
+        UserError: a check fails.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(empty)
+        (name,) = os.listdir(empty)
+        result = Path(empty) / "result.json"
+        command = [sys.executable, str(ROOT / "package_check.py"), name, "--result", str(result)]
+        command += ["--schema", str(ROOT / "metadata_schema.json")]
+        command += ["--dataset-dir", str(Path(dataset_dir).absolute())] if dataset_dir else []
+        command += ["--forbid", OWN] if forbid else []
+        command += ["--private", *private] if private else []
+        done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
+        if not result.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"the packaged bundle could not be checked ({last}); nothing was written")
+        results = json.loads(result.read_text(encoding="utf-8"))
+    failed = [f"{r['check']}: {r['text']}" for r in results if r["status"] == "FAIL"]
+    if failed:
+        raise UserError(f"the packaged bundle fails: {'; '.join(failed)}; nothing was written")
+    return [f"{r['status']:4} {r['check']}: {r['text']}" for r in results]
