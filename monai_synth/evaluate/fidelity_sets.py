@@ -10,11 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,15 +20,15 @@ from PIL import Image
 from monai_synth.data.pair_files import resize_image
 from monai_synth.errors import UserError
 from monai_synth.evaluate.case_sets import CaseSet, read_case_set
-from monai_synth.evaluate.image_sets import NAMES, STRETCH, ImageSet, read_sets
+from monai_synth.evaluate.image_sets import NAMES, STRETCH, ComparedSet, ImageSet, read_sets
 
 NO_CLASS = "all"
 _SEED = re.compile(r"_s\d+(_\d+)?$")  # what sampling appends to the case whose map or image it took
 
 
 @dataclass(frozen=True)
-class CaseImages:
-    """A `CaseSet` as a set of images of one form; see `image_sets.ImageSet` for the members that both have.
+class CaseImages(ComparedSet):
+    """A `CaseSet` as a set of images of one form; see `image_sets.ImageSet` for the members.
 
     Attributes:
         key: of ``NAMES``.
@@ -66,42 +64,16 @@ class CaseImages:
         return tuple(case.class_name or NO_CLASS for case in self.cases.cases)
 
     @property
+    def sizes(self) -> Mapping[tuple[int, int], int]:
+        return self.cases.sizes
+
+    @property
     def channels(self) -> int:
         return self.cases.channels
 
     def readers(self) -> list[Callable[[], np.ndarray]]:
         """Functions that read an image each, uint8 of shape `form`."""
         return [functools.partial(_picture, self.cases, i, self.form) for i in range(len(self.cases))]
-
-    def of_class(self, name: str) -> np.ndarray:
-        """Numbers of the images of a class."""
-        return np.flatnonzero(np.asarray(self.labels) == name)
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """What is done to the images before they are compared, in words."""
-        size = "{} x {}".format(*self.form[1:])
-        texts = [
-            f"{num} images of {h} x {w} resized to {size} (bilinear, low-pass filter where they shrink)"
-            for (h, w), num in sorted(self.cases.sizes.items())
-            if (h, w) != self.form[1:]
-        ]
-        if self.channels != self.form[0]:
-            texts.append("grey repeated to RGB" if self.form[0] == 3 else "RGB made grey (luminance)")
-        return tuple(texts)
-
-    def record(self) -> dict[str, Any]:
-        """What the results say of it."""
-        return {
-            "dataset": self.dataset,
-            "fingerprint": self.fingerprint,
-            "n": len(self),
-            "num_available": self.num_available,
-            "num_patients": len(set(self.patients)),
-            "classes": dict(sorted(Counter(self.labels).items())),
-            "form": list(self.form),
-            "changes": list(self.changes),
-        }
 
 
 AnySet = ImageSet | CaseImages

@@ -30,8 +30,54 @@ NAMES = {
 STRETCH = 0.02  # relative difference of the ratios of height and width that a resize may have
 
 
+class ComparedSet:
+    """What all kinds of sets can do; they have the members of `ImageSet` as attributes or properties."""
+
+    dataset: str
+    fingerprint: str
+    num_available: int
+    patients: tuple[str, ...]
+    labels: tuple[str, ...]
+    sizes: Mapping[tuple[int, int], int]
+    channels: int
+    form: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def of_class(self, name: str) -> np.ndarray:
+        """Numbers of the images of a class."""
+        return np.flatnonzero(np.asarray(self.labels) == name)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is done to the images before they are compared, in words."""
+        size = "{} x {}".format(*self.form[1:])
+        texts = [
+            f"{num} images of {h} x {w} resized to {size} (bilinear, low-pass filter where they shrink)"
+            for (h, w), num in sorted(self.sizes.items())
+            if (h, w) != self.form[1:]
+        ]
+        if self.channels != self.form[0]:
+            texts.append("grey repeated to RGB" if self.form[0] == 3 else "RGB made grey (luminance)")
+        return tuple(texts)
+
+    def record(self) -> dict[str, Any]:
+        """What the results say of it."""
+        return {
+            "dataset": self.dataset,
+            "fingerprint": self.fingerprint,
+            "n": len(self),
+            "num_available": self.num_available,
+            "num_patients": len(set(self.patients)),
+            "classes": dict(sorted(Counter(self.labels).items())),
+            "form": list(self.form),
+            "changes": list(self.changes),
+        }
+
+
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(ComparedSet):
     """Images of one set.
 
     Attributes:
@@ -64,36 +110,6 @@ class ImageSet:
     def readers(self) -> list[Callable[[], np.ndarray]]:
         """Functions that read an image each, uint8 of shape `form`."""
         return [functools.partial(_read, path, self.form) for path in self.paths]
-
-    def of_class(self, name: str) -> np.ndarray:
-        """Numbers of the images of a class."""
-        return np.flatnonzero(np.asarray(self.labels) == name)
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """What is done to the images before they are compared, in words."""
-        size = "{} x {}".format(*self.form[1:])
-        texts = [
-            f"{num} images of {h} x {w} resized to {size} (bilinear, low-pass filter where they shrink)"
-            for (h, w), num in sorted(self.sizes.items())
-            if (h, w) != self.form[1:]
-        ]
-        if self.channels != self.form[0]:
-            texts.append("grey repeated to RGB" if self.form[0] == 3 else "RGB made grey (luminance)")
-        return tuple(texts)
-
-    def record(self) -> dict[str, Any]:
-        """What the results say of it."""
-        return {
-            "dataset": self.dataset,
-            "fingerprint": self.fingerprint,
-            "n": len(self),
-            "num_available": self.num_available,
-            "num_patients": len(set(self.patients)),
-            "classes": dict(sorted(Counter(self.labels).items())),
-            "form": list(self.form),
-            "changes": list(self.changes),
-        }
 
 
 def read_sets(
