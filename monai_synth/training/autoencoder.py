@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.engines import default_prepare_batch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -73,12 +72,7 @@ class AutoencoderTrainer(AdversarialTrainer):
         kl_weight: weight of :func:`kl_per_pixel`.
         adversarial_weight: factor on the adaptive weight; 0 trains without a discriminator.
         adversarial_start: iteration from which the discriminator takes part.
-        epoch_length: iterations of an epoch; None takes the data loader's length.
-        prepare_batch: gives (image, target).
-        key_train_metric: see MONAI's ``Trainer``.
-        additional_metrics: see MONAI's ``Trainer``.
-        train_handlers: see MONAI's ``Trainer``.
-        amp: compute in bfloat16 where torch deems it safe; weights and optimisers stay in float32.
+        options: ``epoch_length``, ``prepare_batch`` and the others of :class:`AdversarialTrainer`.
     """
 
     def __init__(
@@ -97,24 +91,9 @@ class AutoencoderTrainer(AdversarialTrainer):
         kl_weight: float = 1e-6,
         adversarial_weight: float = 0.5,
         adversarial_start: int = 50_001,
-        epoch_length: int | None = None,
-        prepare_batch: Callable = default_prepare_batch,
-        key_train_metric: dict[str, Any] | None = None,
-        additional_metrics: dict[str, Any] | None = None,
-        train_handlers: list | None = None,
-        amp: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            device,
-            max_epochs,
-            train_data_loader,
-            epoch_length=epoch_length,
-            prepare_batch=prepare_batch,
-            key_train_metric=key_train_metric,
-            additional_metrics=additional_metrics,
-            train_handlers=train_handlers,
-            amp=amp,
-        )
+        super().__init__(device, max_epochs, train_data_loader, **options)
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.autoencoder_optimizer = autoencoder_optimizer
