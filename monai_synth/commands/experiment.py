@@ -10,6 +10,7 @@ from monai_synth.commands.experiment_lsdm import add_lsdm
 from monai_synth.commands.shared import (
     ImageSize,
     Named,
+    add_results,
     image_size,
     named_files,
     named_folder,
@@ -31,12 +32,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     add = nnunet.add_argument
     add("--real", required=True, metavar="DIR", help="dataset of monai-synth prepare pairs, with a test split")
     add("--synthetic", required=True, metavar="DIR", help="nnU-Net raw dataset, or a folder that holds just one")
-    add(
-        "--out",
-        required=True,
-        metavar="OUT",
-        help="folder to write; results.json, results.csv, report.html go there",
-    )
+    add_results(nnunet)
     add(
         "--ratios",
         type=whole_numbers,
@@ -185,7 +181,7 @@ def _add_experiment_expert(expert: argparse.ArgumentParser) -> None:
         help="arms to compare: files of trained models of bundles fad or cfg_ddpm, or folders with model.pt; several "
         "files are several trainings of the arm, compared in the order in which they are given",
     )
-    add("--out", required=True, metavar="OUT", help="folder to write; results.json, results.csv, report.html go there")
+    add_results(expert)
     add("--baseline", metavar="NAME", help="arm that the others are compared with (default: the first)")
     for option, default, text in (
         ("--seeds", 15, "repetitions with other noise; 1 to 4000"),
@@ -236,12 +232,7 @@ def _add_classifier(classifier: argparse.ArgumentParser) -> None:
     add = classifier.add_argument
     add("--real", required=True, metavar="DIR", help="dataset of monai-synth prepare classes, with all three splits")
     add("--synthetic", required=True, metavar="DIR", help="folder that the sampling of bundle cfg_ddpm wrote")
-    add(
-        "--out",
-        required=True,
-        metavar="OUT",
-        help="folder to write; results.json, results.csv, report.html go there",
-    )
+    add_results(classifier)
     add(
         "--preset",
         choices=("paper", "demo"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from monai_synth.commands.shared import named_folder, say, settings_of
+from monai_synth.commands.shared import add_results, named_folder, say, settings_of
 
 
 def add_lsdm(experiments: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +31,7 @@ def add_lsdm(experiments: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="models of bundles lsdm and spade_gan: a file, or a folder with model.pt; autoencoder and classifiers are "
         "read from beside it",
     )
-    add("--out", required=True, metavar="OUT", help="folder to write; results.json, results.csv, report.html go there")
+    add_results(parser)
     add(
         "--guidance",
         type=lambda text: tuple(text.split(",")),

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from monai_synth.commands.shared import say, settings_of
+
 
 def add_fidelity(metrics: Any) -> None:
     """Add the command to those of ``evaluate``.
@@ -98,7 +100,4 @@ def add_fidelity(metrics: Any) -> None:
 def _evaluate_fidelity(arguments: argparse.Namespace) -> None:
     from monai_synth.evaluate.fidelity import Settings, evaluate_fidelity
 
-    evaluate_fidelity(
-        Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__}),
-        report=lambda text: print(text, flush=True),
-    )
+    evaluate_fidelity(settings_of(Settings, arguments), report=say)

@@ -17,6 +17,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """The option ``--out`` of experiments."""
+    text = "folder to write; results.json, results.csv, report.html go there"
+    parser.add_argument("--out", required=True, metavar="OUT", help=text)
+
+
 class Named(argparse.Action):
     """Collects NAME=DIR."""
 
