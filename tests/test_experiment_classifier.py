@@ -16,7 +16,7 @@ from monai.networks.nets import resnet
 from monai_synth.checkpoint import load_file, restore_network
 from monai_synth.data.pair_files import read_image
 from monai_synth.errors import UserError
-from monai_synth.experiments import classifier_train
+from monai_synth.experiments import classifier, classifier_train
 from monai_synth.experiments.classifier import PRESETS, run_experiment
 from monai_synth.experiments.classifier_train import Batches, class_weights, state_sha256
 from monai_synth.networks import ImageClassifier, image_classifier
@@ -161,7 +161,16 @@ def test_results_hold_each_row_with_its_differences(finished):
     claims = {(claim["fraction"], claim["metric"]): claim for claim in content["claims"]}
     assert set(claims) == {(100, "recall"), (100, "recall (right)")}
     assert claims[100, "recall"]["pairs"] == [["3", "1"], ["7", "5"]]
-    assert sum("left" in line for line in lines) >= 1
+    done = [line for line in lines if line.startswith("[")]
+    assert [line.split("]")[0] for line in done] == [f"[{i}/22" for i in range(1, 23)]
+    result = r"validation [01]\.\d{3} \(epoch \d\), test [01]\.\d{3}"
+    said = re.compile(rf"\[\d+/22\] row \S+ seed [01]: {result}, \d+ s(, about \d+ (s|min) left)?")
+    assert all(said.fullmatch(line) for line in done), done
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, ""), (89, ", about 89 s left"), (150, ", about 2 min left")])
+def test_the_time_that_is_left_is_told_unless_it_is_none(seconds, said):
+    assert classifier._left(seconds) == said
 
 
 def test_the_page_needs_nothing_else_and_tells_how_training_started(finished):
