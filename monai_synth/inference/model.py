@@ -14,6 +14,7 @@ from torch import nn
 from monai_synth.checkpoint import load_file, require_agreement, restore_network, sha256_of
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
+from monai_synth.precision import check_compile, for_sampling, sampling_precision
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class LSDMModel:
         classifiers: noisy classifier per feature.
         crop_size_latent: side of the classifiers' crop; 0 without classifiers.
         checkpoints: file name -> SHA-256, for the provenance.
+        precision: what the denoiser computes in, see ``monai_synth.precision``; all others compute in float32.
     """
 
     network: nn.Module
@@ -37,10 +39,17 @@ class LSDMModel:
     classifiers: dict[str, nn.Module] = field(default_factory=dict)
     crop_size_latent: int = 0
     checkpoints: dict[str, str] = field(default_factory=dict)
+    precision: str = "float32"
 
 
 def load_lsdm(
-    ckpt_dir: str | Path, *, model_file: str = "model.pt", features: Sequence[str] = (), device: str = "cpu"
+    ckpt_dir: str | Path,
+    *,
+    model_file: str = "model.pt",
+    features: Sequence[str] = (),
+    device: str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,
 ) -> LSDMModel:
     """Load and cross-check the trained files of a folder.
 
@@ -49,11 +58,14 @@ def load_lsdm(
         model_file: name of the diffusion model's file.
         features: features to guide; their classifiers must be there.
         device: where to sample.
+        precision: of the denoiser, see :func:`monai_synth.precision.for_sampling`.
+        compile: see there.
 
     Raises:
-        UserError: a file is missing, damaged, of another architecture, or trained with another autoencoder, scale
-            factor, schedule or size; the message names both values.
+        UserError: an unknown precision; or a file is missing, damaged, of another architecture, or trained with another
+            autoencoder, scale factor, schedule or size; the message names both values.
     """
+    _check(precision, compile, device)
     folder = Path(ckpt_dir)
     path = folder / model_file
     model = _of_bundle("lsdm", path)
@@ -75,7 +87,8 @@ def load_lsdm(
         num_labels=len(contract["labels"]),
         scale_factor=contract["scale_factor"],
     )
-    loaded = LSDMModel(restore_network(model, path).to(device), codec.to(device), contract, checkpoints=checkpoints)
+    network, used = for_sampling(restore_network(model, path), precision=precision, device=device, compile=compile)
+    loaded = LSDMModel(network, codec.to(device), contract, checkpoints=checkpoints, precision=used)
     shared = ("autoencoder_sha256", "scale_factor", "schedule", "image_size", "factor")
     for feature in features:
         name = f"classifier_{feature}.pt"
@@ -108,15 +121,24 @@ class OneFileModel:
         network: the denoiser, or a generator.
         contract: what it was trained with.
         checkpoints: file name -> SHA-256, for the provenance.
+        precision: what the network computes in, see ``monai_synth.precision``.
     """
 
     network: nn.Module
     contract: dict[str, Any]
     checkpoints: dict[str, str]
+    precision: str = "float32"
 
 
 def load_model(
-    bundle: str, ckpt_dir: str | Path, *, model_file: str = "model.pt", device: str = "cpu", stage: str = "diffusion"
+    bundle: str,
+    ckpt_dir: str | Path,
+    *,
+    model_file: str = "model.pt",
+    device: str = "cpu",
+    stage: str = "diffusion",
+    precision: str = "float32",
+    compile: bool = False,
 ) -> OneFileModel:
     """Load the model of a bundle whose model is one file.
 
@@ -126,14 +148,23 @@ def load_model(
         model_file: name of its file.
         device: where to sample.
         stage: what the file holds, "diffusion" or "generator".
+        precision: see :func:`monai_synth.precision.for_sampling`.
+        compile: see there.
 
     Raises:
-        UserError: the file is missing, damaged or of another bundle or stage.
+        UserError: an unknown precision; or the file is missing, damaged or of another bundle or stage.
     """
+    _check(precision, compile, device)
     path = Path(ckpt_dir) / model_file
     content = _of_bundle(bundle, path, stage)
-    network = restore_network(content, path).to(device)
-    return OneFileModel(network, content["contract"], {model_file: sha256_of(path)})
+    network, used = for_sampling(restore_network(content, path), precision=precision, device=device, compile=compile)
+    return OneFileModel(network, content["contract"], {model_file: sha256_of(path)}, used)
+
+
+def _check(precision: str, compile: bool, device: str) -> None:
+    """Refuse wrong settings before files are read."""
+    sampling_precision(precision, device)
+    check_compile(compile)
 
 
 def _of_bundle(bundle: str, path: Path, stage: str = "diffusion") -> dict[str, Any]:

@@ -157,7 +157,7 @@ class SPADEUNet(nn.Module):
             For each residual block with SPADE, in forward order, the ``(1 + gamma, beta)`` of its two layers,
             each (B, C, *S_level). Empty where ``spade_in`` is.
         """
-        maps = self._pooled(seg, spatial_shape)
+        maps = self._pooled(seg.to(self.time_embed[0].weight.dtype), spatial_shape)
         return tuple(block.modulations(maps[level]) for block, level in self._spade_blocks())
 
     def forward(
