@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_synth.data.joint import check_value_range
+from monai_synth.diffusion.flow import is_flow
 from monai_synth.diffusion.schedules import Schedule, alphas_cumprod, predicted_x_0, training_target
 from monai_synth.diffusion.variance import (
     check_learnable,
@@ -58,7 +59,7 @@ class HybridLoss(nn.Module):
         vlb_weight: lambda.
 
     Raises:
-        UserError: an option is not within its range.
+        UserError: an option is not within its range, or a learned variance is asked of a flow.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class HybridLoss(nn.Module):
         super().__init__()
         if not vlb_weight >= 0:
             raise UserError(f"vlb_weight is {vlb_weight!r}; allowed are numbers from 0, the text's is 0.001")
+        if learned_variance and is_flow(schedule):
+            msg = "learned_variance is true, but a rectified flow has no variance to learn; set it false"
+            raise UserError(msg)
         self.schedule = dict(schedule)
         self.value_range = check_value_range(value_range)
         self.learned_variance = learned_variance

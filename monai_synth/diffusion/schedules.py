@@ -6,7 +6,8 @@ A schedule is a mapping with the names of diffusers::
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0205,
      "prediction_type": "epsilon"}
 
-Timesteps run from 0 (least noise) to T - 1. Tables are computed and kept in float64.
+Timesteps run from 0 (least noise) to T - 1. Tables are computed and kept in float64. A mapping with the key "flow"
+describes a rectified flow (:mod:`monai_synth.diffusion.flow`), whose timesteps run from 0 (data) to T.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from torch import Tensor
 
+from monai_synth.diffusion.flow import (
+    FlowSampler,
+    draw_flow_timesteps,
+    flow_powers,
+    flow_variance,
+    is_flow,
+    make_flow_sampler,
+    num_flow_timesteps,
+)
 from monai_synth.errors import UserError
 
 Schedule = Mapping[str, Any]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
+FLOW_ONLY = ("euler", "heun")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LEAST_LOG_SNR = -10.2  # just below the end of DDPM's linear schedule, -10.1
@@ -39,11 +50,17 @@ def alphas_cumprod(schedule: Schedule) -> Tensor:
             in t (latent diffusion, and so the thesis' Sec 7.1), "squaredcos_cap_v2" is the cosine schedule.
 
     Returns:
-        float64 tensor (T,), strictly decreasing, within (0, 1).
+        float64 tensor (T,), strictly decreasing, within (0, 1). Of a flow, whose x_t has not the variance 1, the same
+        share of x_t's variance, (T + 1,), from 1 to 0; noise is added to its data by the description, not by this
+        table.
 
     Raises:
         UserError: if the description has unknown, missing or impossible values.
     """
+    if is_flow(schedule):
+        last = num_flow_timesteps(schedule)
+        data, noise = flow_powers(last, torch.arange(last + 1))
+        return data / (data + noise)
     num_steps, kind, start, end = _checked(schedule)
     if kind == "linear":
         betas = torch.linspace(start, end, num_steps, dtype=torch.float64)
@@ -56,24 +73,51 @@ def alphas_cumprod(schedule: Schedule) -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
-def add_noise(schedule: Schedule | Tensor, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def signal_and_noise(schedule: Schedule | Tensor, t: Tensor, *, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Squares of the factors of data and noise in x_t: ``abar`` and ``1 - abar``; of a flow ``(1 - s)^2`` and ``s^2``.
+
+    Args:
+        schedule: the description, or the table :func:`alphas_cumprod` of a diffusion.
+        t: timesteps, of any shape.
+        table: :func:`alphas_cumprod` of the schedule, where it is at hand.
+
+    Returns:
+        Both float64, of the shape of t.
+    """
+    if is_flow(schedule):
+        return flow_powers(schedule["num_train_timesteps"], t)
+    abar = _table(schedule if table is None else table).to(t.device)[t]
+    return abar, 1 - abar
+
+
+def draw_timesteps(schedule: Schedule, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Timesteps to train at, on the CPU: evenly from 0 to T - 1, or as a flow's description says from 1 to T."""
+    if is_flow(schedule):
+        return draw_flow_timesteps(schedule, shape, generator)
+    return torch.randint(0, int(schedule["num_train_timesteps"]), tuple(shape), generator=generator)
+
+
+def add_noise(
+    schedule: Schedule | Tensor, x_0: Tensor, eps: Tensor, t: Tensor, *, table: Tensor | None = None
+) -> Tensor:
     """Draw from q(x_t | x_0): ``sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`` (LSDM thesis, Eq 2.5).
 
     Args:
-        schedule: the description, or its table :func:`alphas_cumprod`.
+        schedule: the description, or the table :func:`alphas_cumprod` of a diffusion.
         x_0: clean data (B, ...).
         eps: standard normal noise, of the same shape.
-        t: timesteps (B,), 0 to T - 1.
+        t: timesteps (B,), 0 to T - 1. Of a flow 0 to T; x_t is then ``(1 - t / T) x_0 + t / T eps``.
+        table: :func:`alphas_cumprod` of the schedule, where it is at hand.
 
     Returns:
         x_t, of the shape and type of x_0.
     """
-    abar = _abar(_table(schedule), t, x_0)
-    return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * eps
+    data, noise = _powers(schedule, t, x_0, table)
+    return data.sqrt().to(x_0) * x_0 + noise.sqrt().to(x_0) * eps
 
 
 def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, *, table: Tensor | None = None) -> Tensor:
-    """What the network learns to predict: eps (LSDM thesis, Eq 3.1), x_0, or v.
+    """What the network learns to predict: eps (LSDM thesis, Eq 3.1), x_0, or v; of a flow the velocity ``x_0 - eps``.
 
     ``v = sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022). At high noise an error in eps is multiplied
     by ``sqrt((1 - abar) / abar)`` in x_0, so eps needs long training there; v does not.
@@ -88,13 +132,15 @@ def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, *, 
     Returns:
         Target of the shape of x_0.
     """
+    if is_flow(schedule):
+        return x_0 - eps
     kind = schedule.get("prediction_type", "epsilon")
     if kind == "epsilon":
         return eps
     if kind == "sample":
         return x_0
-    abar = _abar(_table(schedule if table is None else table), t, x_0)
-    return abar.sqrt().to(x_0) * eps - (1 - abar).sqrt().to(x_0) * x_0
+    data, noise = _powers(schedule, t, x_0, table)
+    return data.sqrt().to(x_0) * eps - noise.sqrt().to(x_0) * x_0
 
 
 def predicted_x_0(
@@ -115,10 +161,12 @@ def predicted_x_0(
     kind = schedule.get("prediction_type", "epsilon")
     if kind == "sample":
         return prediction
-    abar = _abar(_table(schedule if table is None else table), t, x_t)
+    data, noise = _powers(schedule, t, x_t, table)
+    if is_flow(schedule):
+        return x_t + noise.sqrt().to(x_t) * prediction
     if kind == "epsilon":
-        return (x_t - (1 - abar).sqrt().to(x_t) * prediction) / abar.sqrt().to(x_t)
-    return abar.sqrt().to(x_t) * x_t - (1 - abar).sqrt().to(x_t) * prediction
+        return (x_t - noise.sqrt().to(x_t) * prediction) / data.sqrt().to(x_t)
+    return data.sqrt().to(x_t) * x_t - noise.sqrt().to(x_t) * prediction
 
 
 def clipped_prediction(
@@ -143,15 +191,17 @@ def clipped_prediction(
     Returns:
         Prediction, of the shape of x_t.
     """
-    table = _table(schedule if table is None else table)
     x_0 = predicted_x_0(schedule, prediction, x_t, t, table=table)
     change = x_0.clamp(*value_range) - x_0
     kind = schedule.get("prediction_type", "epsilon")
     if kind == "sample":
         return prediction + change
-    # x_t stays, so a change of x_0 changes eps by -sqrt(abar / (1 - abar)), v by -sqrt(1 / (1 - abar)) as much.
-    abar = _abar(table, t, x_t)
-    factor = abar / (1 - abar) if kind == "epsilon" else 1 / (1 - abar)
+    # x_t stays, so a change of x_0 changes eps by -sqrt(abar / (1 - abar)), v by -sqrt(1 / (1 - abar)) as much, and
+    # the velocity of a flow by 1 / s.
+    data, noise = _powers(schedule, t, x_t, table)
+    if is_flow(schedule):
+        return prediction + change / noise.sqrt().to(x_t)
+    factor = data / noise if kind == "epsilon" else 1 / noise
     return prediction - factor.sqrt().to(x_t) * change
 
 
@@ -166,6 +216,8 @@ def step_variance(schedule: Schedule | Tensor, t: int, t_prev: int) -> float:
     Returns:
         The variance; 0 for ``t_prev = -1``.
     """
+    if is_flow(schedule):
+        return flow_variance(schedule["num_train_timesteps"], t, t_prev)
     table = _table(schedule)
     abar, abar_prev = float(table[t]), float(table[t_prev]) if t_prev >= 0 else 1.0
     return (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
@@ -208,8 +260,10 @@ def sampling_timesteps(schedule: Schedule | Tensor, num_steps: int) -> list[int]
     return np.maximum(steps, num_steps - 1 - order).tolist()
 
 
-def make_sampler(name: str, schedule: Schedule, num_steps: int, *, learned_variance: bool = False) -> SchedulerMixin:
-    """A diffusers scheduler for one of our samplers, with its timesteps set.
+def make_sampler(
+    name: str, schedule: Schedule, num_steps: int, *, learned_variance: bool = False
+) -> SchedulerMixin | FlowSampler:
+    """A diffusers scheduler for one of our samplers, with its timesteps set; of a flow see ``make_flow_sampler``.
 
     None clips the predicted data: latents have no bounds, and data that have are clipped in the denoiser.
 
@@ -230,6 +284,8 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, learned_varia
     Raises:
         UserError: if the name is unknown, ``num_steps`` not within 1 to T, or the description is wrong.
     """
+    if is_flow(schedule):
+        return make_flow_sampler(name, schedule, num_steps)
     table = alphas_cumprod(schedule)
     timesteps = sampling_timesteps(table, num_steps)
     options: dict[str, Any] = {key: schedule[key] for key in _KEYS if key in schedule}
@@ -251,6 +307,8 @@ def make_sampler(name: str, schedule: Schedule, num_steps: int, *, learned_varia
         scheduler.sigmas = torch.cat([noise_to_signal, torch.zeros(1)]).float()
     else:
         msg = f"The sampler is {name!r}; it must be one of {SAMPLERS}."
+        if name in FLOW_ONLY:
+            msg += " It is for models trained as a rectified flow, and this is a diffusion."
         raise UserError(msg)
     return scheduler
 
@@ -259,9 +317,11 @@ def _table(schedule: Schedule | Tensor) -> Tensor:
     return schedule if isinstance(schedule, Tensor) else alphas_cumprod(schedule)
 
 
-def _abar(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """The table at t (B,), float64, to be broadcast against ``like`` (B, ...)."""
-    return table.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
+def _powers(schedule: Schedule | Tensor, t: Tensor, like: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`signal_and_noise` at t (B,), to be broadcast against ``like`` (B, ...)."""
+    data, noise = signal_and_noise(schedule, t, table=table)
+    shape = (-1, *[1] * (like.ndim - 1))
+    return data.view(shape), noise.view(shape)
 
 
 def _checked(schedule: Schedule) -> tuple[int, str, float, float]:

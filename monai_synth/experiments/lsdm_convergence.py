@@ -195,7 +195,7 @@ def predict(
             t = torch.from_numpy(rng.integers(first, last + 1, DRAWS)).to(device)
             seeds = rng.integers(0, 2**31, DRAWS).tolist()
             noise = initial_noise(tuple(mean.shape[1:]), make_generators(seeds), device)
-            z_t = add_noise(table, mean.expand(DRAWS, -1, -1, -1), noise, t)
+            z_t = add_noise(schedule, mean.expand(DRAWS, -1, -1, -1), noise, t, table=table)
             row.append(network(codec.decode(z_t), t).float().cpu().numpy())
         rows.append(row)
     return np.asarray(rows, np.float64).reshape(len(data), len(bands), DRAWS, -1)

@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from monai_synth.diffusion import add_noise, alphas_cumprod
+from monai_synth.diffusion import add_noise
 from monai_synth.experiments.lsdm_scores import Patients
 from monai_synth.inference.guidance import MALIGNANCY, NoduleGuidance, NoduleRequest, nodule_requests
 from monai_synth.inference.model import LSDMModel
@@ -86,8 +86,7 @@ def view_nodule(
     codec, side, factor = model.codec, model.crop_size_latent, model.codec.factor
     z_0 = codec.encode_image(image_pm1)[0] * codec.scale_factor
     noise = initial_noise(tuple(z_0.shape[1:]), make_generators([seed]), z_0.device)
-    schedule = alphas_cumprod(model.contract["schedule"])
-    z_t = add_noise(schedule, z_0, noise, torch.tensor([t], device=z_0.device))
+    z_t = add_noise(model.contract["schedule"], z_0, noise, torch.tensor([t], device=z_0.device))
     (request,) = nodule_requests(label[0], [nodule], factor, features=(), targets={MALIGNANCY: 1.0})
     window = latent_window(request.center, side, z_t.shape[2:])
     pixels = tuple(slice(w.start * factor, w.stop * factor) for w in window)

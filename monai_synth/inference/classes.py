@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from monai_synth.checks import share, whole
 from monai_synth.data.joint import check_value_range
 from monai_synth.diffusion import alphas_cumprod, clipped_prediction, make_sampler
+from monai_synth.diffusion.flow import FlowSampler
 from monai_synth.errors import UserError
 from monai_synth.inference.sampler import initial_noise, make_generators, sample
 
@@ -69,7 +70,7 @@ class ClassInferer(Inferer):
         image_size: spatial size.
         image_channels: C.
         null_class: the number that stands for no class.
-        sampler: "ddpm", "ddim", "dpm++" or "unipc".
+        sampler: "ddpm", "ddim", "dpm++" or "unipc"; of a rectified flow "euler" or "heun" as well.
         num_steps: calls of the network, 1 to T.
         guidance_scale: see :func:`guidance_scale_of`.
         guidance_convention: see there.
@@ -156,7 +157,7 @@ class ClassInferer(Inferer):
         cond, null = network(torch.cat([x_t, x_t]), torch.cat([t, t]), class_labels=both).chunk(2)
         return guided(cond, null, scale, self.guidance_rescale)
 
-    def _scheduler(self) -> SchedulerMixin:
+    def _scheduler(self) -> SchedulerMixin | FlowSampler:
         return make_sampler(self.sampler, self.schedule, self.num_steps)
 
 

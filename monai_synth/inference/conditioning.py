@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from monai_synth.diffusion.schedules import Schedule, signal_and_noise
 from monai_synth.errors import UserError
 from monai_synth.inference.sampler import noise_like
 
@@ -27,7 +28,7 @@ class KnownPart:
     Args:
         known: values (B, C, *S); anything where ``is_known`` is false.
         is_known: booleans of that shape.
-        alphas_cumprod: table of the schedule.
+        schedule: the description, or the table ``alphas_cumprod`` of a diffusion.
         generators: one for each sample, other than those of the sampling loop, so that what a sample's neighbours
             know does not change its noise.
         known_noise: "fresh" draws new noise for the known part at each step (Alg 2); "fixed" keeps the noise of x_T,
@@ -41,7 +42,7 @@ class KnownPart:
         self,
         known: Tensor,
         is_known: Tensor,
-        alphas_cumprod: Tensor,
+        schedule: Schedule | Tensor,
         generators: Sequence[torch.Generator],
         *,
         known_noise: str = "fresh",
@@ -49,7 +50,7 @@ class KnownPart:
         if known_noise not in KNOWN_NOISES:
             raise UserError(f"known_noise is {known_noise!r}; allowed are {', '.join(KNOWN_NOISES)}")
         self.known, self.is_known = known, is_known
-        self.alphas_cumprod = alphas_cumprod
+        self.schedule = schedule
         self.generators = list(generators)
         self.known_noise = known_noise
         self.eps: Tensor | None = None  # noise of x_T
@@ -72,8 +73,8 @@ class KnownPart:
         return torch.where(self.is_known, self._noised(eps, t_prev), x)
 
     def _noised(self, eps: Tensor, t: int) -> Tensor:
-        abar = self.alphas_cumprod[t]
-        return abar.sqrt().to(eps) * self.known + (1 - abar).sqrt().to(eps) * eps
+        data, noise = signal_and_noise(self.schedule, torch.tensor(t))
+        return data.sqrt().to(eps) * self.known + noise.sqrt().to(eps) * eps
 
     def guidance(
         self, predict_x_0: Callable[[Tensor, Tensor], Tensor], *, scale: float, data_variance: float
@@ -81,8 +82,9 @@ class KnownPart:
         """Gradient of log N(known; x_0(x_t), r_t^2) with respect to the unknown entries of x_t.
 
         ``r_t^2 = s^2 (1 - abar) / (s^2 abar + 1 - abar)`` is the variance that x_0 still has given x_t, where the data
-        have the variance s^2 (Song et al. 2023, pseudo-inverse guidance). Added to the score of x_t it would give that
-        of x_t given the known part, if x_0 given x_t had independent entries of that variance.
+        have the variance s^2; of a flow abar and 1 - abar are the squares of the factors of data and noise (Song et al.
+        2023, pseudo-inverse guidance). Added to the score of x_t it would give that of x_t given the known part, if x_0
+        given x_t had independent entries of that variance.
 
         Args:
             predict_x_0: (x_t, t (B,)) -> x_0, differentiable.
@@ -94,8 +96,8 @@ class KnownPart:
         """
 
         def gradient(x_t: Tensor, t: int, variance: float) -> Tensor:
-            abar = float(self.alphas_cumprod[t])
-            r_squared = data_variance * (1 - abar) / (data_variance * abar + 1 - abar)
+            data, noise = (float(power) for power in signal_and_noise(self.schedule, torch.tensor(t)))
+            r_squared = data_variance * noise / (data_variance * data + (data + noise) - data)  # in this order: its bits
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
                 x_0 = predict_x_0(x, torch.full((len(x),), t, device=x.device))

@@ -12,7 +12,8 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_synth.data.joint import check_value_range
-from monai_synth.diffusion import alphas_cumprod, clipped_prediction, make_sampler, predicted_x_0
+from monai_synth.diffusion import alphas_cumprod, clipped_prediction, is_flow, make_sampler, predicted_x_0
+from monai_synth.diffusion.flow import FlowSampler
 from monai_synth.diffusion.variance import split_output
 from monai_synth.errors import UserError
 from monai_synth.inference.conditioning import KNOWN_NOISES, KnownPart
@@ -35,7 +36,7 @@ class JointInferer(Inferer):
         value_range: lowest and highest value of x_0.
         learned_variance: the network gives v beside the prediction. "ddpm" uses it, within -1 to 1, which keeps the
             variance between beta tilde and beta.
-        sampler: "ddpm", "ddim", "dpm++" or "unipc".
+        sampler: "ddpm", "ddim", "dpm++" or "unipc"; of a rectified flow "euler" or "heun" as well.
         num_steps: calls of the network, 1 to T.
         clip: keep each predicted x_0 within the range, as the thesis' code does.
         resample: times that each step is walked (RePaint), at as many times the cost; more than 1 needs "ddpm". It
@@ -132,7 +133,7 @@ class JointInferer(Inferer):
         part = guidance = None
         if is_known is not None:
             generators_known = make_generators(seed + SEED_OF_KNOWN for seed in seeds)
-            part = KnownPart(known, is_known, self.alphas_cumprod, generators_known, known_noise=self.known_noise)
+            part = KnownPart(known, is_known, self._levels(), generators_known, known_noise=self.known_noise)
             x_T = part.begin(x_T, int(scheduler.timesteps[0]))
             if self.gradient_scale > 0:
                 low, high = self.value_range
@@ -152,7 +153,11 @@ class JointInferer(Inferer):
         )
         return x_0.clamp(*self.value_range) if self.clip else x_0
 
-    def _scheduler(self) -> SchedulerMixin:
+    def _levels(self) -> Mapping[str, Any] | Tensor:
+        """What tells noise levels: the description of a flow, the table of a diffusion."""
+        return self.schedule if is_flow(self.schedule) else self.alphas_cumprod
+
+    def _scheduler(self) -> SchedulerMixin | FlowSampler:
         return make_sampler(self.sampler, self.schedule, self.num_steps, learned_variance=self.learned_variance)
 
     def _denoise(self, output: Tensor, x_t: Tensor, t: Tensor, takes_v: bool) -> Tensor:

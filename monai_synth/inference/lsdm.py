@@ -28,7 +28,7 @@ class LSDMInferer(Inferer):
     Args:
         codec: autoencoder with the scale factor of the diffusion model.
         schedule: noise schedule of the training.
-        sampler: ``dpm++``, ``unipc``, ``ddim`` or ``ddpm``.
+        sampler: ``dpm++``, ``unipc``, ``ddim`` or ``ddpm``; of a rectified flow ``euler`` or ``heun`` as well.
         num_steps: steps of the sampler, at most the schedule's.
         classifiers: noisy classifier per feature; none samples without guidance.
         guidance_scale: s, one number or one per feature (thesis default 1); 0 is exactly unguided.

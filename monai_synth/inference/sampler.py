@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_synth.diffusion.schedules import step_variance
+from monai_synth.diffusion.flow import FlowSampler, guidance_factor
+from monai_synth.diffusion.schedules import signal_and_noise, step_variance
 from monai_synth.errors import UserError
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) long) -> what the network predicts
@@ -66,7 +68,7 @@ def noise_like(x: Tensor, generators: Sequence[torch.Generator] | None) -> Tenso
 def sample(
     denoiser: Denoiser,
     x_T: Tensor,
-    scheduler: SchedulerMixin,
+    scheduler: SchedulerMixin | FlowSampler,
     *,
     guidance: Guidance | None = None,
     replace: Replace | None = None,
@@ -80,7 +82,8 @@ def sample(
     Guidance enters as its theory has it. Ancestral sampling (DDPM) shifts the mean of each step by the step's
     variance times the gradient (LSDM thesis, Eq 2.14 and Alg 2 in the corrected form). The deterministic
     samplers shift the predicted noise, ``eps - sqrt(1 - abar_t) gradient``, which adds the gradient to the
-    score (Dhariwal and Nichol 2021, Alg 2). A gradient of 0 leaves every bit as it is.
+    score (Dhariwal and Nichol 2021, Alg 2); on a rectified flow they shift the velocity by as much, see
+    ``monai_synth.diffusion.flow.guidance_factor``. A gradient of 0 leaves every bit as it is.
 
     Args:
         denoiser: network with its conditions bound: ``(x_t, t)`` with t (B,) long gives what the schedule's
@@ -92,7 +95,8 @@ def sample(
             scaled. ``variance`` is that of the ancestral step from t, whatever the sampler. It has to enable
             gradients itself.
         replace: ``(x, t_prev)`` may replace parts of the result of each step, e.g. by known data with the
-            noise of t_prev; t_prev is -1 after the last step.
+            noise of t_prev; t_prev is -1 after the last step. Heun's step
+            is two of these, both with the timestep of its end.
         generators: one for each sample, for the noise of the ancestral sampler; without them torch's global
             one.
         resample: how often each step but the last is walked. From the second time on it starts from the result of the
@@ -115,7 +119,7 @@ def sample(
         msg = f"Got {len(generators)} generators for {len(x_T)} samples; give one for each sample."
         raise ValueError(msg)
     scheduler = copy.deepcopy(scheduler)
-    is_ancestral = isinstance(scheduler, DDPMScheduler)
+    is_ancestral = isinstance(scheduler, DDPMScheduler) or getattr(scheduler, "is_ancestral", False)
     if isinstance(resample, bool) or int(resample) != resample or resample < 1:
         raise UserError(f"resample is {resample!r}; allowed are whole numbers from 1, which walks each step once")
     if resample > 1 and not is_ancestral:
@@ -126,6 +130,7 @@ def sample(
     step_options = {"generator": list(generators)} if is_ancestral and generators is not None else {}
     timesteps = scheduler.timesteps.tolist()
     steps = zip(timesteps, [*timesteps[1:], -1], strict=True)
+    schedule = getattr(scheduler, "flow_schedule", None) or scheduler.alphas_cumprod
 
     # Tensors made in inference mode can never take part in a gradient, so guidance would fail there.
     with torch.inference_mode(False), torch.no_grad():
@@ -133,11 +138,13 @@ def sample(
         for number, (t, t_prev) in enumerate(tqdm(steps, total=len(timesteps), disable=not progress)):
             for repeat in range(resample if t_prev >= 0 else 1):
                 if repeat > 0:
-                    kept = float(scheduler.alphas_cumprod[t] / scheduler.alphas_cumprod[t_prev])
-                    x = math.sqrt(kept) * x + math.sqrt(1 - kept) * noise_like(x, generators)
+                    kept, added = _back(schedule, t, t_prev)
+                    x = kept * x + added * noise_like(x, generators)
                 output = denoiser(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
                 gradient = None
-                variance = step_variance(scheduler.alphas_cumprod, t, t_prev)
+                # a call within Heun's step does not move on in t; it is guided as one that does
+                t_next = t_prev if t_prev < t else max((point for point in timesteps if point < t), default=-1)
+                variance = step_variance(schedule, t, t_next)
                 if guidance is not None:
                     gradient = guidance(x, t, variance)
                     if not is_ancestral:
@@ -152,12 +159,24 @@ def sample(
     return x
 
 
-def _shift_score(output: Tensor, gradient: Tensor, t: int, scheduler: SchedulerMixin) -> Tensor:
+def _back(schedule: Mapping[str, Any] | Tensor, t: int, t_prev: int) -> tuple[float, float]:
+    """Factors of x_{t_prev} and of new noise in a draw from q(x_t | x_{t_prev})."""
+    if isinstance(schedule, Tensor):
+        kept = float(schedule[t] / schedule[t_prev])
+        return math.sqrt(kept), math.sqrt(1 - kept)
+    (data, data_prev), (noise, noise_prev) = signal_and_noise(schedule, torch.tensor([t, t_prev]))
+    kept = float(data / data_prev)
+    return math.sqrt(kept), math.sqrt(float(noise) - kept * float(noise_prev))
+
+
+def _shift_score(output: Tensor, gradient: Tensor, t: int, scheduler: SchedulerMixin | FlowSampler) -> Tensor:
     """The network's prediction with the gradient added to the score it implies.
 
     At a given x_t the predictions of noise, data and velocity are linear in each other:
     ``d x_0 = -d eps sqrt(1 - abar) / sqrt(abar)`` and ``d v = d eps / sqrt(abar)``.
     """
+    if scheduler.config.prediction_type == "flow_prediction":
+        return output + guidance_factor(scheduler.config.num_train_timesteps, t) * gradient
     abar = float(scheduler.alphas_cumprod[t])
     by_type = {
         "epsilon": -math.sqrt(1 - abar),

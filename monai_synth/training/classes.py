@@ -154,7 +154,7 @@ class ClassDiffusionPrepareBatch(NoisyPrepareBatch):
         t, (eps,) = self.draw(x_0.shape, batchdata["index"], 1)
         t, eps = t.to(x_0.device), eps.to(x_0)
         labels = self.dropout(batchdata["class"], batchdata["index"]).to(x_0.device)
-        x_t = add_noise(self.alphas_cumprod, x_0, eps, t)
+        x_t = add_noise(self.schedule, x_0, eps, t, table=self.alphas_cumprod)
         target = training_target(self.schedule, x_0, eps, t, table=self.alphas_cumprod)
         return x_t, target, (), {"timesteps": t, "class_labels": labels}
 

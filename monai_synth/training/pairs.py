@@ -241,5 +241,5 @@ class JointDiffusionPrepareBatch(NoisyPrepareBatch):
         x_0 = to_joint(image, label[:, 0], self.num_labels, self.value_range)
         t, (eps,) = self.draw(x_0.shape, batchdata["index"], 1)
         t, eps = t.to(x_0.device), eps.to(x_0)
-        x_t = add_noise(self.alphas_cumprod, x_0, eps, t)
+        x_t = add_noise(self.schedule, x_0, eps, t, table=self.alphas_cumprod)
         return x_t, DiffusionTarget(x_0=x_0, x_t=x_t, eps=eps, t=t), (), {"timesteps": t}

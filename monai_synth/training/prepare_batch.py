@@ -10,7 +10,7 @@ import torch
 from monai.engines import PrepareBatch
 
 from monai_synth.checks import share
-from monai_synth.diffusion import add_noise, alphas_cumprod, training_target
+from monai_synth.diffusion import add_noise, alphas_cumprod, draw_timesteps, training_target
 from monai_synth.networks.latent_codec import LatentCodec
 
 
@@ -25,16 +25,15 @@ class NoisyPrepareBatch(PrepareBatch):
     def __init__(self, schedule: Mapping[str, Any], *, seed: int | None = None) -> None:
         self.schedule = dict(schedule)
         self.alphas_cumprod = alphas_cumprod(schedule)
-        self.num_train_timesteps = len(self.alphas_cumprod)
         self.seed = seed
 
     def draw(self, shape: torch.Size, index: torch.Tensor, num_noises: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Timesteps (B,) and ``num_noises`` noises of ``shape``, on the CPU so that devices agree."""
         if self.seed is None:
-            t = torch.randint(0, self.num_train_timesteps, (shape[0],))
+            t = draw_timesteps(self.schedule, (shape[0],))
             return t, [torch.randn(shape) for _ in range(num_noises)]
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + int(i)) for i in index]
-        t = torch.cat([torch.randint(0, self.num_train_timesteps, (1,), generator=g) for g in generators])
+        t = torch.cat([draw_timesteps(self.schedule, (1,), g) for g in generators])
         return t, [torch.stack([torch.randn(shape[1:], generator=g) for g in generators]) for _ in range(num_noises)]
 
     def noisy_latents(
@@ -45,7 +44,7 @@ class NoisyPrepareBatch(PrepareBatch):
         t = t.to(mean.device)
         posterior, eps = (n.to(mean) for n in noises)
         z_0 = (mean + std * posterior) * scale_factor
-        return z_0, add_noise(self.alphas_cumprod, z_0, eps, t), eps, t
+        return z_0, add_noise(self.schedule, z_0, eps, t, table=self.alphas_cumprod), eps, t
 
 
 class ConditionDropout:
