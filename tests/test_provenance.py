@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,30 @@ def test_writer_and_reader_give_the_lines_in_order(tmp_path: Path) -> None:
     writer = ProvenanceWriter(tmp_path / "p.jsonl")
     for number in (5, 1, 3):
         add(writer, number)
-    assert writer.read() == read_provenance(writer.path) == ProvenanceWriter(writer.path).read()
-    assert [record["seed"] for record in writer.read()] == [5, 1, 3]
+    assert [record["seed"] for record in read_provenance(writer.path)] == [5, 1, 3]
+    assert len(writer) == len(ProvenanceWriter(writer.path)) == 3
+
+
+def test_a_file_of_many_lines_is_opened_without_keeping_them(tmp_path: Path) -> None:
+    writer = ProvenanceWriter(tmp_path / "p.jsonl")
+    add(writer, 0)
+    record = json.loads(writer.path.read_text())
+    lines = (
+        json.dumps({**record, "case_id": f"case{n}", "settings": {"note": "x" * 2000}}) + "\n" for n in range(3000)
+    )
+    writer.path.write_text("".join(lines))
+    tracemalloc.start()
+    writer = ProvenanceWriter(writer.path)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(writer) == 3000
+    assert kept < most < 1_500_000 < writer.path.stat().st_size / 4
+
+
+def test_a_file_with_nothing_but_a_torn_line_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"case_id": ' + b"x" * 200_000)
+    assert len(ProvenanceWriter(tmp_path / "p.jsonl")) == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == b""
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -238,7 +261,7 @@ def test_a_killed_process_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
     process.wait()
 
     writer = ProvenanceWriter(path)
-    records = writer.read()
+    records = read_provenance(writer.path)
     assert [record["seed"] for record in records] == list(range(len(records)))
     assert len(records) >= 5
     add(writer, len(records), checkpoints={})

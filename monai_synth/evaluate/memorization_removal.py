@@ -17,7 +17,7 @@ from monai_synth.errors import UserError
 from monai_synth.evaluate.case_sets import Case, CaseSet
 from monai_synth.evaluate.folders import read_dataset_json
 from monai_synth.export.nnunet import sanitize_case_id
-from monai_synth.export.provenance import read_provenance
+from monai_synth.export.provenance import iter_provenance
 from monai_synth.export.run_folder import SETTINGS_FILE
 
 RECORD = "removed.json"
@@ -133,7 +133,7 @@ def _write_provenance(work: Path, cases: CaseSet, kept: Sequence[Case]) -> None:
     if not source.is_file():
         return
     ids = {case.case_id for case in kept}
-    lines = [line for line in read_provenance(source) if sanitize_case_id(str(line["case_id"])) in ids]
+    lines = (line for line in iter_provenance(source) if sanitize_case_id(str(line["case_id"])) in ids)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_bytes(work / _PROVENANCE, text.encode("utf-8"))
 

@@ -22,7 +22,7 @@ from monai_synth.data.datalist import SPLITS, PreparedDataset, read_dataset
 from monai_synth.data.pair_files import read_image, read_label, resize_image, resize_label
 from monai_synth.errors import UserError
 from monai_synth.evaluate.mutual_information import nearest_by_mutual_information
-from monai_synth.export.provenance import read_provenance
+from monai_synth.export.provenance import iter_provenance
 from monai_synth.training.handlers import rank
 from monai_synth.training.pictures import middle_picture, picture_grid
 
@@ -188,9 +188,10 @@ def _draw_nearest(pairs: WrittenPairs, cases: Sequence[str], real: PreparedDatas
 
 def _draw_masks(pairs: WrittenPairs, num: int, seed: int, real: PreparedDataset | None, out: Path) -> Path:
     """Fig 5.3: a given mask, the real image of it, and samples for it."""
+    lines = iter_provenance(pairs.path / "provenance.jsonl")
     samples: dict[str, list[str]] = {}
-    for line in sorted(read_provenance(pairs.path / "provenance.jsonl"), key=lambda line: line["seed"]):
-        samples.setdefault(line["conditioning"]["case"], []).append(line["case_id"])
+    for _, source, case in sorted((line["seed"], line["conditioning"]["case"], line["case_id"]) for line in lines):
+        samples.setdefault(source, []).append(case)
     images = _real_images(real)
     rows = []
     for source in _choose(sorted(samples), num, seed):

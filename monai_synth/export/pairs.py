@@ -21,7 +21,7 @@ from monai_synth.errors import UserError
 from monai_synth.export.encode import checked_spacing, encode
 from monai_synth.export.handler import SampleExport
 from monai_synth.export.nnunet import NNUNetRawWriter, sanitize_case_id
-from monai_synth.export.provenance import read_provenance
+from monai_synth.export.provenance import iter_provenance
 from monai_synth.export.subsets import subset_size, write_ratio_subsets
 from monai_synth.inference.pairs import PairSamplingDataset
 
@@ -254,15 +254,17 @@ def refusal_summary(dataset: Path, filters: Mapping[str, float]) -> dict[str, An
     Returns:
         ``filters``, ``num_kept``, ``num_refused``, ``num_sampled``, ``refusal_rate`` and ``reasons``.
     """
-    lines = read_provenance(dataset / "provenance.jsonl")
-    reasons = Counter(given["reason"] for line in lines for given in line["filters"]["refused"])
+    kept, reasons = 0, Counter[str]()
+    for line in iter_provenance(dataset / "provenance.jsonl"):
+        kept += 1
+        reasons.update(given["reason"] for given in line["filters"]["refused"])
     refused = reasons.total()
     return {
         "filters": dict(filters),
-        "num_kept": len(lines),
+        "num_kept": kept,
         "num_refused": refused,
-        "num_sampled": len(lines) + refused,
-        "refusal_rate": refused / (len(lines) + refused),
+        "num_sampled": kept + refused,
+        "refusal_rate": refused / (kept + refused),
         "reasons": dict(sorted(reasons.items())),
     }
 

@@ -15,18 +15,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from monai_synth.atomic import write_bytes
 from monai_synth.errors import UserError
 
 PACKAGES = ("monai_synth", "monai", "torch", "diffusers", "numpy")
@@ -57,7 +57,7 @@ class ProvenanceWriter:
     """Appends one line per image; opened again it goes on after the last whole line.
 
     Several processes may append to one file when the file system appends atomically, as local ones do; then
-    one process opens it before the others.
+    one process opens it before the others. Of a line that is there only a hash is kept in memory, 0.2 kB a case.
 
     Args:
         path: the file; its folder is created if missing.
@@ -71,15 +71,14 @@ class ProvenanceWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = self._repaired()
 
-    def _repaired(self) -> dict[str, str]:
-        """Lines by case id, after dropping an unfinished last one from the file."""
+    def _repaired(self) -> dict[str, bytes]:
+        """Hashes of the lines by case id, after dropping an unfinished last one from the file."""
         if not self.path.is_file():
             return {}
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            write_bytes(self.path, whole)
-        return {str(record["case_id"]): _line(record) for record in _parse(self.path, whole)}
+        end = _end_of_lines(self.path)
+        if end != self.path.stat().st_size:
+            os.truncate(self.path, end)
+        return {str(record["case_id"]): _hash(_line(record)) for record in iter_provenance(self.path)}
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -144,11 +143,12 @@ class ProvenanceWriter:
         line = _line(record)
         _refuse_private(json.loads(line), case_id)
         if case_id in self._lines:
-            if self._lines[case_id] == line:
+            if self._lines[case_id] == _hash(line):
                 return False
-            raise UserError(_difference(self.path, json.loads(self._lines[case_id]), json.loads(line)))
+            there = next(record for record in iter_provenance(self.path) if record["case_id"] == case_id)
+            raise UserError(_difference(self.path, there, json.loads(line)))
         self._write(line.encode("utf-8") + b"\n")
-        self._lines[case_id] = line
+        self._lines[case_id] = _hash(line)
         return True
 
     def _write(self, data: bytes) -> None:
@@ -166,13 +166,9 @@ class ProvenanceWriter:
                         file.truncate(before)
                 raise
 
-    def read(self) -> list[dict[str, Any]]:
-        """All lines in the order in which they were written."""
-        return [json.loads(line) for line in self._lines.values()]
 
-
-def read_provenance(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a provenance file without opening it for writing; an unfinished last line is left out.
+def iter_provenance(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a provenance file, one after the other; an unfinished last line is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -182,8 +178,40 @@ def read_provenance(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         msg = f"{path} is not there; sampling writes it beside the images"
         raise FileNotFoundError(msg)
-    content = path.read_bytes()
-    return _parse(path, content[: content.rfind(b"\n") + 1])
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                record = {"case_id": record.pop("case_id"), **record}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                msg = f"{path}, line {number} is no provenance line; restore it, or sample to another folder"
+                raise UserError(msg) from error
+            yield record
+
+
+def read_provenance(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All lines of :func:`iter_provenance`, in the order in which they were written."""
+    return list(iter_provenance(path))
+
+
+def _end_of_lines(path: Path) -> int:
+    """Bytes of a file up to its last newline."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _hash(line: str) -> bytes:
+    return hashlib.blake2b(line.encode("utf-8"), digest_size=16).digest()
 
 
 @functools.lru_cache(maxsize=1)
@@ -200,18 +228,6 @@ def _package_versions() -> tuple[tuple[str, str], ...]:
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that an image depends on, of those that are installed."""
     return dict(_package_versions())
-
-
-def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            records.append({"case_id": record.pop("case_id"), **record})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            msg = f"{path}, line {number} is no provenance line; restore it, or sample to another folder"
-            raise UserError(msg) from error
-    return records
 
 
 def _line(record: Mapping[str, Any]) -> str:

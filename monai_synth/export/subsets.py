@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from monai_synth.atomic import write_bytes
 from monai_synth.data.whole_folder import partial_folder, whole_folder
 from monai_synth.errors import UserError
 from monai_synth.export.nnunet import SETTINGS_FILE, sanitize_case_id
-from monai_synth.export.provenance import read_provenance
+from monai_synth.export.provenance import iter_provenance
 
 PROVENANCE_FILE = "provenance.jsonl"
 
@@ -147,7 +147,7 @@ def _cases(pool: Path, content: dict[str, Any]) -> list[str]:
     ending = content["file_ending"]
     ids = sorted(path.name[: -len(ending)] for path in (pool / "labelsTr").glob(f"[!.]*{ending}"))
     whole = [case for case in ids if all(path.is_file() for path in _files(pool, case, content))]
-    seeds = {case: _first_seed(line) for case, line in _lines(pool).items()}
+    seeds = {case: _first_seed(line) for case, line in _lines(pool)}
     return sorted(whole, key=lambda case: seeds.get(case, 0))
 
 
@@ -157,20 +157,20 @@ def _first_seed(line: dict[str, Any]) -> int:
     return refused[0]["seed"] if refused else line["seed"]
 
 
-def _lines(pool: Path) -> dict[str, dict[str, Any]]:
-    """Provenance lines by the case's name on disk."""
+def _lines(pool: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The case's name on disk and its provenance line, for each line."""
     path = pool / PROVENANCE_FILE
-    lines = read_provenance(path) if path.is_file() else []
-    return {sanitize_case_id(line["case_id"]): line for line in lines}
+    for line in iter_provenance(path) if path.is_file() else ():
+        yield sanitize_case_id(line["case_id"]), line
 
 
 def _provenance(pool: Path, cases: Sequence[str]) -> str | None:
     """The provenance lines of these cases in their order; None where the pool has none."""
-    lines = _lines(pool)
-    if not lines:
+    if next(_lines(pool), None) is None:
         return None
-    kept = [lines[case] for case in cases if case in lines]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    wanted = set(cases)
+    lines = {case: json.dumps(line, ensure_ascii=False) + "\n" for case, line in _lines(pool) if case in wanted}
+    return "".join(lines[case] for case in cases if case in lines)
 
 
 def _settings(pool: Path) -> str | None:
