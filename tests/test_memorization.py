@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,10 +13,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from fidelity_files import FakeInception, publish, write_classifier
 from memorization_toy import copied, patient, save, write_sets
 from PIL import Image
 
 from monai_synth import cli
+from monai_synth.data.phantom import phantom_patient
 from monai_synth.errors import UserError
 from monai_synth.evaluate import memorization as audit
 from monai_synth.evaluate.case_sets import read_case_set
@@ -95,6 +99,103 @@ def test_an_image_that_is_not_square_is_compared_in_the_four_poses_that_keep_its
     content = run(tmp_path)
     assert flagged(content) == {"z"}
     assert {row["pose"] for row in content["cases"]} <= {0, 2, 4, 6}
+
+
+@pytest.fixture(scope="module")
+def scans() -> list[np.ndarray]:
+    """Phantom CT of 20 patients: 8-bit slices (1, 64, 64), 2.5 mm apart."""
+    found = [phantom_patient(0, i, num_slices=6, matrix=64).image_hu.astype(float) for i in range(1, 21)]
+    return [((hu + 1024) / 1824 * 255).clip(0, 255).astype(np.uint8)[:, None] for hu in found]
+
+
+def save_slices(folder: Path, scans: list[np.ndarray], patients: range, slices: range) -> None:
+    for i in patients:
+        for z in slices:
+            save(folder / f"p{i:02d}-z{z}.png", scans[i][z])
+
+
+@pytest.mark.parametrize("num_held", [2, 4, 8])
+def test_of_few_held_out_patients_no_fresh_slice_is_removed_and_a_copy_still_is(
+    scans: list[np.ndarray], tmp_path: Path, num_held: int
+) -> None:
+    save_slices(tmp_path / "train", scans, range(6), range(6))
+    save_slices(tmp_path / "held", scans, range(6, 6 + num_held), range(3, 4))
+    save_slices(tmp_path / "synthetic", scans, range(14, 20), range(6))
+    save(tmp_path / "synthetic" / "exact.png", scans[2][4])
+    save(tmp_path / "synthetic" / "mirrored.png", scans[3][2][..., ::-1])
+    content = run(tmp_path, remove=f"{tmp_path}/clean")
+    assert flagged(content) == {"exact", "mirrored"}
+    left = {path.name for path in (tmp_path / "clean").glob("*.png")}
+    assert left == {path.name for path in (tmp_path / "synthetic").iterdir()} - {"exact.png", "mirrored.png"}
+    assert f"{num_held} held-out patients are too few" in content["warnings"][0]
+    assert f"{num_held} held-out patients are too few" in (tmp_path / "out" / "report.html").read_text()
+    assert all(row["tail_p_value"] is None for row in content["cases"])
+    assert not any("almost as close" in text for text in content["warnings"])
+
+
+def test_held_out_slices_beside_training_slices_are_told(scans: list[np.ndarray], tmp_path: Path) -> None:
+    save_slices(tmp_path / "train", scans, range(14), range(0, 6, 2))
+    save_slices(tmp_path / "held", scans, range(14), range(1, 6, 2))
+    save_slices(tmp_path / "synthetic", scans, range(14, 20), range(6))
+    content = run(tmp_path)
+    assert any("almost as close to training images as copies are" in text for text in content["warnings"])
+    assert not flagged(content)
+
+
+def test_held_out_crops_of_training_images_are_told_and_an_exact_copy_is_found_all_the_same(tmp_path: Path) -> None:
+    for i in range(30):
+        large = patient(i, 72)
+        save(tmp_path / "train" / f"{i}.png", large[:, 3:67, 3:67])
+        save(tmp_path / "held" / f"{i}.png", large[:, 4:68, 2:66])
+        save(tmp_path / "synthetic" / f"f{i}.png", patient(100 + i, 64))
+    save(tmp_path / "synthetic" / "exact.png", patient(7, 72)[:, 3:67, 3:67])
+    content = run(tmp_path)
+    assert any("almost as close to training images as copies are" in text for text in content["warnings"])
+    assert flagged(content) == {"exact"}
+
+
+def test_ordinary_sets_are_not_called_close(content: dict) -> None:
+    assert not any("almost as close" in text for text in content["warnings"])
+
+
+def test_features_of_a_classifier_and_of_inception_are_compared_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sets(tmp_path, train=30, held=25, fresh=10, copies=0)
+    save(tmp_path / "synthetic" / "exact.png", patient(4))
+    classifier, weights = write_classifier(tmp_path / "classifier.pt", size=64), tmp_path / "inception.pt"
+    torch.jit.script(FakeInception()).save(str(weights))
+    with pytest.raises(UserError, match="--allow-unknown-weights"):
+        run(tmp_path, extractor=str(classifier), inception=str(weights))
+    content = run(tmp_path, extractor=str(classifier), inception=str(weights), allow_unknown_weights=True)
+    assert list(content["scores"]) == ["features", "ssim", "inception", "extractor"]
+    titles = [content["scores"][key]["title"] for key in ("inception", "extractor")]
+    assert titles == [
+        "resemblance of features of the Inception-v3 network, weights of unknown origin",
+        "resemblance of features of the classifier (resnet18)",
+    ]
+    assert content["extractors"]["extractor"]["weights_sha256"] == hashlib.sha256(classifier.read_bytes()).hexdigest()
+    assert {content["extractors"]["inception"]["num_features"], content["extractors"]["extractor"]["num_features"]} == {
+        2048, 512,
+    }  # fmt: skip
+    assert "resnet18" in content["recipe"]["extractor"]
+    assert flagged(content) == {"exact"}
+    (exact,) = (row for row in content["cases"] if row["synthetic_id"] == "exact")
+    for key in ("inception", "extractor"):
+        assert exact[f"{key}_nearest_id"] == "t00004"
+        assert exact[key] == pytest.approx(1, abs=1e-5)
+        assert exact[f"{key}_distance"] == pytest.approx(0, abs=1e-3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(title in page for title in titles)
+    publish(monkeypatch, weights)
+    known = run(tmp_path, "known", inception=str(weights))
+    assert known["scores"]["inception"]["title"] == "resemblance of features of the Inception-v3 network"
+
+
+def test_a_classifier_of_grey_images_is_refused_for_rgb(tmp_path: Path) -> None:
+    write_sets(tmp_path, train=3, held=3, fresh=3, copies=0, channels=3)
+    with pytest.raises(UserError, match="takes grey images, these are RGB"):
+        run(tmp_path, extractor=str(write_classifier(tmp_path / "c.pt")))
 
 
 def test_a_null_full_of_near_duplicates_raises_the_bar_and_is_told(tmp_path: Path) -> None:

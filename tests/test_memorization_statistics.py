@@ -39,28 +39,47 @@ def test_counting_is_the_conformal_p_value_by_patient() -> None:
 
 
 @pytest.mark.parametrize("shape", ["normal", "gumbel", "exponential", "uniform"])
-@pytest.mark.parametrize("num_patients", [20, 100, 1000])
+@pytest.mark.parametrize("num_patients", [1, 2, 5, 8, 19, 20, 100, 1000])
 def test_fresh_images_raise_hardly_an_alarm_in_a_whole_audit(shape: str, num_patients: int) -> None:
     rng = np.random.default_rng(5)
     draw = {"normal": rng.normal, "gumbel": rng.gumbel, "exponential": rng.exponential, "uniform": rng.random}[shape]
     alarms = 0
     for _ in range(200):
         held, fresh = (np.tanh(0.5 + 0.1 * draw(size=n)) for n in (num_patients, 500))
-        alarms += judge(fresh, fit_null(held, range(num_patients)), 0.01)[0].any()
+        alarms += judge(fresh, fit_null(held, range(num_patients)), 0.01, mark=0.97)[0].any()
     assert alarms / 200 <= 0.05
 
 
-def test_copies_are_flagged_with_as_few_as_eight_patients_and_with_fewer_only_above_all() -> None:
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 8, 12, 19])
+def test_of_few_patients_a_copy_to_the_pixel_is_flagged_and_what_only_exceeds_them_is_not(num: int) -> None:
+    held = np.tanh(1.0 + 0.12 * np.random.default_rng(num).normal(size=num))
+    flagged, record = judge(np.array([held.max() + 0.02, 0.99999]), fit_null(held, range(num)), 0.01, mark=0.97)
+    assert flagged.tolist() == [False, True]
+    assert record["threshold"] >= max(0.97, held.max())
+    assert not record["has_tail"]
+
+
+def test_a_copy_is_flagged_of_as_few_as_twenty_patients_without_the_mark() -> None:
     rng = np.random.default_rng(0)
-    scores = np.append(np.tanh(0.5 + 0.1 * rng.normal(size=99)), 0.9999)
-    for num in (3, 8, 30):
-        null = fit_null(np.tanh(0.5 + 0.1 * rng.normal(size=num)), range(num))
-        flagged, record = judge(scores, null, 0.01)
-        assert flagged[-1]
-        assert record["supported_level"] == pytest.approx(1 / (num + 1))
-        if num >= 8:
-            assert flagged.sum() == 1
-        assert record["threshold"] >= null.scores.max()
+    scores = np.append(np.tanh(0.5 + 0.1 * rng.normal(size=99)), 0.96)
+    flagged, record = judge(scores, fit_null(np.tanh(0.5 + 0.1 * rng.normal(size=20)), range(20)), 0.01)
+    assert np.flatnonzero(flagged).tolist() == [99]
+    assert record["supported_level"] == pytest.approx(1 / 21)
+
+
+def test_many_images_of_few_patients_are_few_patients() -> None:
+    null = fit_null(np.linspace(0.1, 0.9, 100), [f"p{i % 4}" for i in range(100)])
+    assert null.location is None
+    assert not judge(np.array([0.95]), null, 0.01)[0].any()
+
+
+def test_a_mark_near_which_held_out_images_lie_is_no_mark() -> None:
+    """Where other patients reach 0.98, so do fresh images."""
+    flagged, record = judge(
+        np.array([0.985, 0.99, 0.99999]), fit_null(np.array([0.9, 0.98]), range(2)), 0.01, mark=0.97
+    )
+    assert flagged.tolist() == [False, False, True]
+    assert 0.99 < record["threshold"] < 1
 
 
 def test_the_threshold_separates_what_is_flagged() -> None:

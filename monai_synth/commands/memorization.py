@@ -16,7 +16,8 @@ def add_memorization(metrics: Any) -> None:
         help="are synthetic images copies of training images?",
         description="Find for every synthetic image its nearest training image, over flips, quarter turns, small "
         "shifts and changes of brightness, and call it a near copy where it resembles more than images of other "
-        "patients do; a score for membership inference; and a dataset without the copies.",
+        "patients do; a score for membership inference; and a dataset without the copies. Of fewer than 20 held-out "
+        "patients too many fresh images would be called copies, so there only copies nearly to the pixel are.",
     )
     parser.set_defaults(call=_evaluate_memorization)
     add = parser.add_argument
@@ -31,8 +32,8 @@ def add_memorization(metrics: Any) -> None:
         metavar="OUT",
         help="folder to write memorization.json, memorization.csv, report.html to",
     )
-    add("--remove", metavar="OUT2", help="also write the synthetic dataset without its near copies here "
-        "(default: write none)")  # fmt: skip
+    add("--remove", metavar="OUT2", help="also write the synthetic dataset without its near copies here; of fewer "
+        "than 20 held-out patients without copies nearly to the pixel only (default: write none)")  # fmt: skip
     add("--level", type=float, default=0.01, metavar="A",
         help="share of false alarms that is allowed; more than 0 and less than 0.5 (default: %(default)s)")  # fmt: skip
     add("--size", type=int, nargs="+", metavar="N",

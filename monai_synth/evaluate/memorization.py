@@ -22,14 +22,24 @@ from monai_synth.evaluate.case_sets import CaseSet
 from monai_synth.evaluate.memorization_audit import ImageSearch, SmallSet, nearest_by_extractor, read_small
 from monai_synth.evaluate.memorization_masks import MaskSearch
 from monai_synth.evaluate.memorization_pictures import poses_of
-from monai_synth.evaluate.memorization_record import TITLES, case_rows, console_lines, recipe_of, set_record, short
+from monai_synth.evaluate.memorization_record import (
+    case_rows,
+    console_lines,
+    extractor_records,
+    recipe_of,
+    set_record,
+    short,
+    titles_of,
+)
 from monai_synth.evaluate.memorization_removal import check_target, target_of, write_cleaned
 from monai_synth.evaluate.memorization_report import check_report, write_report
 from monai_synth.evaluate.memorization_sets import common_size, read_sets, without_training_patients
 from monai_synth.evaluate.memorization_verdict import (
+    MIN_PATIENTS,
     counting_p,
     fit_null,
     judge,
+    mark_of,
     membership,
     rate,
     suspicious_held_out,
@@ -121,6 +131,7 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
         check_target(target, synthetic, overwrite=settings.overwrite)
     size, resized = common_size(train, held, synthetic, settings.size)
     extractors = _extractors(settings, synthetic)
+    titles = titles_of(extractors)
     held = without_training_patients(train, held, warnings)
     for text in warnings:
         report(f"note: {text}")
@@ -154,7 +165,7 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
     identical = np.array([r["identical"] for r in found["synthetic"]])
     flagged = np.any([results[k]["flagged"] for k in image_scores], axis=0) | identical
     mask_result = _verdicts(masks, ["mask"], held, settings.level) if masks else {}
-    _warn_of_null(results, flagged, settings.level, warnings)
+    _warn_of_null(results, titles, settings.level, warnings)
     for text in warnings[noted:]:
         report(f"note: {text}")
     rows = case_rows(
@@ -167,9 +178,10 @@ def evaluate_memorization(settings: Settings, *, report: Callable[[str], object]
     content = {
         "metric": "memorization",
         **summary,
-        "scores": {k: {"title": TITLES[k], **v["null"]} for k, v in every.items()},
+        "scores": {k: {"title": titles[k], **v["null"]} for k, v in every.items()},
         "held_out_scores": {k: [short(x) for x in v["held_out"]] for k, v in every.items()},
         "sets": {k: set_record(v) for k, v in (("training", train), ("held_out", held), ("synthetic", synthetic))},
+        "extractors": extractor_records(extractors),
         "recipe": recipe_of(size, resized, extractors, bool(mask_result)),
         "warnings": warnings,
         "seed": settings.seed,
@@ -282,7 +294,7 @@ def _verdicts(
     for key in keys:
         scores, others = (np.array([r["value"] for r in nearest[name][key]]) for name in ("synthetic", "held-out"))
         null = fit_null(others, [case.patient_id for case in held.cases])
-        flagged, record = judge(scores, null, level / len(keys))
+        flagged, record = judge(scores, null, level / len(keys), mark=mark_of(key))
         results[key] = {
             "flagged": flagged,
             "p": counting_p(scores, null),
@@ -294,20 +306,26 @@ def _verdicts(
 
 
 def _warn_of_null(
-    results: Mapping[str, Mapping[str, Any]], flagged: np.ndarray, level: float, warnings: list[str]
+    results: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], level: float, warnings: list[str]
 ) -> None:
     """What the held-out set cannot support."""
     first = next(iter(results.values()))["null"]
     num = first["num_patients"]
-    if 1 / (num + 1) > level / len(results):
-        who = "1 held-out patient supports" if num == 1 else f"{num} held-out patients support"
-        text = f"{who} a level of {1 / (num + 1):.1%} by counting, {level:.1%} was asked for"
-        if not first["has_tail"]:
-            text += "; no tail can be fitted either: a near copy is what exceeds every held-out image"
-        else:
-            text += "; below that the verdict rests on the fitted tail: give more held-out patients"
-        warnings.append(text)
-    if results["features"]["null"]["threshold"] > _TOO_ALIKE:
+    if not first["has_tail"]:
+        who = "1 held-out patient is" if num == 1 else f"{num} held-out patients are"
+        marks = " or ".join(f"{titles[key]} above {r['null']['threshold']:.3f}" for key, r in results.items())
+        warnings.append(
+            f"{who} too few to show how much patients resemble each other by chance; needed are {MIN_PATIENTS} or "
+            f"more. So only copies nearly to the pixel are called near copies ({marks}) and looser ones are missed: "
+            "give more held-out patients"
+        )
+    elif 1 / (num + 1) > level / len(results):
+        warnings.append(
+            f"{num} held-out patients support a level of {1 / (num + 1):.1%} by counting, {level:.1%} was asked for; "
+            "below that the verdict rests on the fitted tail: give more held-out patients"
+        )
+    alike = results["features"]["null"]
+    if alike["threshold"] > _TOO_ALIKE and alike["held_out_max"] > mark_of("features"):
         warnings.append(
             "held-out images are almost as close to training images as copies are (neighbouring slices, frames of one "
             "video, one patient in both sets?), so only copies nearly to the pixel can be told from them; hold out "

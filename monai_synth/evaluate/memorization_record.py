@@ -15,10 +15,24 @@ from monai_synth.evaluate.memorization_pictures import POSES, poses_of, small_ex
 TITLES = {
     "features": "resemblance of small pictures",
     "ssim": "SSIM",
-    "inception": "resemblance of Inception features",
-    "extractor": "resemblance of the classifier's features",
     "mask": "mutual information of masks",
 }
+
+
+def titles_of(extractors: Mapping[str, door.Extractor]) -> dict[str, str]:
+    """What each score is called: those of features by what gave them."""
+    return TITLES | {
+        k: f"resemblance of features of the {e.title}" + (", weights of unknown origin" if e.warnings else "")
+        for k, e in extractors.items()
+    }
+
+
+def extractor_records(extractors: Mapping[str, door.Extractor]) -> dict[str, dict[str, Any]]:
+    """What each extractor is, and of which weights."""
+    return {
+        k: {"title": e.title, "weights_sha256": e.weights_sha256, "num_features": e.num_features}
+        for k, e in extractors.items()
+    }
 
 
 def console_lines(content: Mapping[str, Any]) -> list[str]:
@@ -56,6 +70,8 @@ def case_rows(
     identical: np.ndarray,
     image_scores: Sequence[str],
 ) -> list[dict[str, Any]]:
+    """A row for each synthetic image; ``tail_p_value`` is None where no tail could be fitted."""
+    has_tail = all(results[k]["null"]["has_tail"] for k in image_scores)
     rows = []
     for i, case in enumerate(synthetic.cases):
         p = {k: float(results[k]["p"][i]) for k in image_scores}
@@ -73,7 +89,7 @@ def case_rows(
             "pose_name": POSES[at["pose"]],
             "shift": list(at.get("shift", (0, 0))),
             "p_value": min(1.0, min(p.values()) * len(p)),
-            "tail_p_value": min(1.0, min(tails.values()) * len(tails)),
+            "tail_p_value": min(1.0, min(tails.values()) * len(tails)) if has_tail else None,
         }
         for key, found in nearest.items():
             row[key] = short(found[i]["value"])

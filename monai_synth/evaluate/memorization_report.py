@@ -84,7 +84,7 @@ def _page(content: Mapping[str, Any], sets: Mapping[str, Any], num_pictures: int
         "of the line, where real patients do not reach.</p>",
         image_html(_histograms(content), "distributions of the scores"),
         _pictures(content, sets, num_pictures, show_real),
-        _list(content["cases"]),
+        _list(content),
         "<h2>What was compared</h2>" + _sets(content["sets"]),
         settings_html(
             {**{f"recipe: {k}": v for k, v in content["recipe"].items()}, **content["settings"], **content["versions"]}
@@ -96,6 +96,7 @@ def _page(content: Mapping[str, Any], sets: Mapping[str, Any], num_pictures: int
 def _answers(content: Mapping[str, Any]) -> str:
     copies, leak = content["near_copies"], content["membership"]
     k, n, (low, high) = copies["count"], copies["n"], copies["ci"]
+    few = not all(number["has_tail"] for key, number in content["scores"].items() if key != "mask")
     if k:
         text = (
             f"Yes: {k} of {n} ({k / n:.1%}; 95 % interval {low:.1%} to {high:.1%}) resemble a training image more than "
@@ -103,7 +104,15 @@ def _answers(content: Mapping[str, Any]) -> str:
         )
     else:
         text = f"None of {n} is one. After so many images a rate of up to {high:.2%} cannot be ruled out (95 %)."
-    answers = [answer_html("Are there copies of training images?", text, "poor" if k else "good")]
+    if few:
+        num = content["sets"]["held_out"]["num_patients"]
+        who = "1 held-out patient is" if num == 1 else f"{num} held-out patients are"
+        text += (
+            f" Only copies nearly to the pixel were looked for, since {who} too few to show what chance looks like; "
+            "there may be looser copies."
+        )
+    colour = "poor" if k else "" if few else "good"
+    answers = [answer_html("Are there copies of training images?", text, colour)]
     if "mask_copies" in content:
         masks = content["mask_copies"]
         text = f"{masks['count']} of {masks['n']} masks are near copies of training masks. "
@@ -191,24 +200,31 @@ def _pictures(content: Mapping[str, Any], sets: Mapping[str, Any], num: int, sho
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["verdict"] != "near copy", row["tail_p_value"], row["p_value"], -row["features"]
+    tail = row["p_value"] if row["tail_p_value"] is None else row["tail_p_value"]
+    return row["verdict"] != "near copy", tail, row["p_value"], -row["features"]
 
 
-def _list(rows: Sequence[Mapping[str, Any]]) -> str:
-    copies = sorted((row for row in rows if row["verdict"] == "near copy"), key=_order)
+def _list(content: Mapping[str, Any]) -> str:
+    copies = sorted((row for row in content["cases"] if row["verdict"] == "near copy"), key=_order)
     if not copies:
         return ""
+    scores = {key: number["title"] for key, number in content["scores"].items() if key != "mask"}
     cells = [
         [
             html.escape(row["synthetic_id"]), html.escape(row["nearest_id"]), row["pose_name"],
-            f"{row['features']:.3f}", "-" if row["ssim"] is None else f"{row['ssim']:.3f}",
-            f"{row['p_value']:.2g}", f"{row['tail_p_value']:.2g}",
+            *(_decimals(row[key]) for key in scores),
+            f"{row['p_value']:.2g}", "-" if row["tail_p_value"] is None else f"{row['tail_p_value']:.2g}",
         ]
         for row in copies[:_LISTED]
     ]  # fmt: skip
-    head = ("synthetic image", "nearest training image", "pose", "small pictures", "SSIM", "p by counting", "p by tail")
+    head = ("synthetic image", "nearest training image", "pose", *map(html.escape, scores.values()), "p by counting",
+            "p by tail")  # fmt: skip
     more = f"<p>The first {_LISTED} of {len(copies)}; all are in memorization.csv.</p>" if len(copies) > _LISTED else ""
     return f"<h2>Near copies</h2>{table_html(head, cells)}{more}"
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _scores(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
