@@ -250,7 +250,7 @@ def test_the_page_tells_the_texts_numbers_what_is_missing_and_shows_no_real_slic
     out = shutil.copytree(finished[0], tmp_path / "out")
     page = (out / "report.html").read_text()
     assert "0.42 &plusmn; 0.04" in page  # SSIM of SPADE in Table 5.1
-    assert "there is no Frechet distance and no FID" in page
+    assert "there is no Fréchet distance and no FID" in page
     assert not re.search(r"(src|href)=.(?!data:)", page)
     assert "--show-real only" in page
     assert str(files) not in page + (out / "results.json").read_text()

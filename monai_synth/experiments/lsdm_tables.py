@@ -81,12 +81,14 @@ def cell(result: Mapping[str, Any] | None) -> str:
     """One number with its interval, n and difference."""
     if result is None:
         return "&ndash;"
-    lines = [f"<b>{spread(result)}</b>", f"<small>{interval(result)}, n={result['n']}</small>"]
+    known = f"{interval(result)}, " if result.get("ci") else ""
+    lines = [f"<b>{spread(result)}</b>", f"<small>{known}n={result['n']}</small>"]
     difference = result.get("difference")
     if difference and difference["value"] is not None:
         minus = html.escape(difference["minus"])
         sign = "+" if difference["value"] > 0 else ""
-        lines.append(f"<small>vs {minus}: {sign}{number(difference['value'])} ({interval(difference)})</small>")
+        told = f" ({interval(difference)})" if difference["ci"] else ""
+        lines.append(f"<small>vs {minus}: {sign}{number(difference['value'])}{told}</small>")
     return "".join(lines)
 
 

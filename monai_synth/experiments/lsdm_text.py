@@ -17,7 +17,7 @@ def warnings(content: Mapping[str, Any]) -> list[str]:
     texts = []
     if not content["extractors"]:
         texts.append(
-            "No feature extractor was given, so there is no Frechet distance and no FID: give --inception, "
+            "No feature extractor was given, so there is no Fréchet distance and no FID: give --inception, "
             "--radimagenet "
             "or --extractor. What is left compares pixels, which favours blurred images."
         )
@@ -97,7 +97,7 @@ def _ranking(metric: str, what: str, table: Mapping[str, Any], baseline: str) ->
 def _verdict(difference: Mapping[str, Any], higher: bool) -> str:
     shown = f"{difference['value']:+.3g}"
     if not difference["ci"]:
-        return f"{shown} (no interval)"
+        return shown  # why there is no interval stands once among the warnings
     low, high = difference["ci"]
     if low <= 0 <= high:
         return f"{shown} (not told apart, {tables.interval(difference)})"
