@@ -29,6 +29,7 @@ from torch import nn
 from monai_synth.atomic import write_json
 from monai_synth.checkpoint import (
     build_network,
+    classifier_file,
     load_file,
     require_agreement,
     restore_network,
@@ -46,6 +47,7 @@ __all__ = [
     "bundle_root",
     "by_factor",
     "check_numbers",
+    "classifier_file",
     "default_ckpt_dir",
     "default_device",
     "default_preset",

@@ -146,6 +146,16 @@ def trained_file(
     }
 
 
+def classifier_file(feature: str, schedule: Mapping[str, Any]) -> str:
+    """Name of the file of a noisy classifier. It reads the noise of one schedule; those of flows have their own names.
+
+    Args:
+        feature: what it tells.
+        schedule: what its noise is made by.
+    """
+    return f"classifier_{feature}{'_rflow' if 'flow' in schedule else ''}.pt"
+
+
 def restore_network(content: Mapping[str, Any], path: str | Path = "checkpoint") -> nn.Module:
     """Network of a trained file with its weights, in evaluation mode.
 

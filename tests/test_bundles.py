@@ -121,7 +121,7 @@ def test_the_paper_preset_holds_the_numbers_of_the_text() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ldm", "no_spade", "guide_malignancy", "guide_none", "multi_gpu_train"])
+@pytest.mark.parametrize("name", ["ldm", "no_spade", "rflow", "guide_malignancy", "guide_none", "multi_gpu_train"])
 def test_an_overlay_changes_few_keys_and_only_ones_that_exist(name: str) -> None:
     known = {k for n in (*STAGES, "inference.json") for k in json.loads((LSDM / "configs" / n).read_text())}
     overlay = json.loads((LSDM / "configs" / f"{name}.json").read_text())

@@ -47,7 +47,7 @@ def test_the_paper_preset_holds_the_numbers_of_the_text() -> None:
     assert json.loads((CONFIGS / "ancestral.json").read_text()) == {"sampler": "ddpm", "num_steps": 500}
 
 
-@pytest.mark.parametrize("name", ["ancestral", "multi_gpu_train"])
+@pytest.mark.parametrize("name", ["ancestral", "rflow", "multi_gpu_train"])
 def test_an_overlay_changes_only_keys_that_exist(name: str) -> None:
     known = {k for n in ("train.json", "inference.json") for k in json.loads((CONFIGS / n).read_text())}
     assert set(json.loads((CONFIGS / f"{name}.json").read_text())) <= known

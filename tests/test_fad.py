@@ -72,7 +72,7 @@ def test_the_paper_preset_holds_the_numbers_of_the_text_and_the_layers_of_tiny_s
     assert config("dreambooth_800")["max_epochs"] * config("dreambooth_800")["iterations_per_epoch"] == 800
 
 
-@pytest.mark.parametrize("name", ["ancestral", "multi_gpu_train", "align_clean", "seed_code", "baseline"])
+@pytest.mark.parametrize("name", ["ancestral", "multi_gpu_train", "align_clean", "seed_code", "baseline", "rflow"])
 def test_an_overlay_changes_only_keys_that_exist(name: str) -> None:
     known = {k for n in ("train", "inference") for k in config(n)} | {"contract#alignment"}
     assert set(config(name)) <= known

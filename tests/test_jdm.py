@@ -48,7 +48,7 @@ def test_the_paper_preset_holds_the_numbers_of_table_4_1() -> None:
     assert nuclei == {"image_size": [512, 512], "num_res_blocks": 3, "num_iterations": 40_000}
 
 
-@pytest.mark.parametrize("name", ["monuseg", "patches", "range_pm1", "repaint", "multi_gpu_train"])
+@pytest.mark.parametrize("name", ["monuseg", "patches", "range_pm1", "repaint", "rflow", "multi_gpu_train"])
 def test_an_overlay_changes_only_keys_that_exist(name: str) -> None:
     known = {k for n in ("train.json", "inference.json") for k in json.loads((CONFIGS / n).read_text())}
     assert set(json.loads((CONFIGS / f"{name}.json").read_text())) <= known

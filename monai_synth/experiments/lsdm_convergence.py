@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from monai_synth.atomic import write_bytes
-from monai_synth.checkpoint import build_network, load_file, sha256_of
+from monai_synth.checkpoint import build_network, classifier_file, load_file, sha256_of
 from monai_synth.data.semantic import FEATURES
 from monai_synth.diffusion import add_noise, alphas_cumprod
 from monai_synth.errors import UserError
@@ -68,7 +68,7 @@ class Convergence:
         self.model, self.cases, self.folder, self.steps, self.device = model, cases, folder, steps, device
         self.schedule = model.contract["schedule"]
         self.bands = bands_of(int(self.schedule["num_train_timesteps"]))
-        path = model.path.parent / "classifier_malignancy.pt"
+        path = model.path.parent / classifier_file("malignancy", self.schedule)
         content = load_file(path, stage="classifier") if path.is_file() else None
         self.arch = dict(content["arch"]["args"]) if content else {"spatial_dims": 2, "in_channels": 1, **_SMALL}
         side = min(model.image_size) // int(model.contract["factor"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from monai_synth import __version__
 from monai_synth.atomic import write_bytes, write_json
-from monai_synth.checkpoint import load_file
+from monai_synth.checkpoint import classifier_file, load_file
 from monai_synth.evaluate.features import Extractor
 from monai_synth.evaluate.perceptual import Perceptual
 from monai_synth.evaluate.similarity import ms_ssim_recipe
@@ -188,7 +188,8 @@ def _classifiers(model: Model | None) -> dict[str, Any]:
     """What the training of each guiding classifier said of its convergence; None where its file does not tell."""
     if model is None:
         return {}
-    paths = {feature: model.path.parent / f"classifier_{feature}.pt" for feature in model.features}
+    schedule = model.contract.get("schedule", {})
+    paths = {feature: model.path.parent / classifier_file(feature, schedule) for feature in model.features}
     return {feature: load_file(path, stage="classifier").get("report") for feature, path in paths.items()}
 
 

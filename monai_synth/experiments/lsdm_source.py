@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from monai_synth.checkpoint import load_file, require_agreement, sha256_of
+from monai_synth.checkpoint import classifier_file, load_file, require_agreement, sha256_of
 from monai_synth.data.datalist import PreparedDataset, read_dataset
 from monai_synth.data.slices import read_png, slice_preprocessing
 from monai_synth.errors import UserError
@@ -57,7 +57,7 @@ class Model:
         """SHA-256 of every file that decides an image of it."""
         hashes = {"model": self.sha256}
         if self.kind == "lsdm":
-            names = ["autoencoder.pt", *(f"classifier_{f}.pt" for f in features)]
+            names = ["autoencoder.pt", *(classifier_file(f, self.contract["schedule"]) for f in features)]
             hashes |= {name: sha256_of(self.path.parent / name) for name in names}
         return hashes
 
@@ -134,7 +134,8 @@ def _read_model(name: str, path: Path) -> Model:
             raise UserError(
                 f"there is no autoencoder.pt beside {path}; keep the files of a training together (--models)"
             )
-        features = tuple(f for f in FEATURE_OF.values() if (path.parent / f"classifier_{f}.pt").is_file())
+        files = {f: path.parent / classifier_file(f, contract.get("schedule", {})) for f in FEATURE_OF.values()}
+        features = tuple(f for f, file in files.items() if file.is_file())
     spade = kind == "spade_gan" or bool(content["arch"].get("args", {}).get("spade_in", True))
     return Model(name, path, sha256_of(path), kind, contract, spade, features)
 
@@ -189,7 +190,8 @@ def guided_arm(model: Model, word: str, scale: float) -> Arm:
     features = tuple(FEATURE_OF.values()) if word == "all" else (FEATURE_OF[word],)
     missing = [f for f in features if f not in model.features]
     if missing:
-        msg = f"guidance {word!r} needs {', '.join(f'classifier_{f}.pt' for f in missing)} beside {model.path}; "
+        files = ", ".join(classifier_file(f, model.contract["schedule"]) for f in missing)
+        msg = f"guidance {word!r} needs {files} beside {model.path}; "
         raise UserError(msg + "train them (train_classifier.json --feature NAME), or leave it out of --guidance")
     return Arm(f"{model.name}+{word}", model, word, features, scale)
 

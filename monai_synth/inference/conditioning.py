@@ -97,7 +97,8 @@ class KnownPart:
 
         def gradient(x_t: Tensor, t: int, variance: float) -> Tensor:
             data, noise = (float(power) for power in signal_and_noise(self.schedule, torch.tensor(t)))
-            r_squared = data_variance * noise / (data_variance * data + (data + noise) - data)  # in this order: its bits
+            # data + noise is 1 in a diffusion, whose bits depend on the order
+            r_squared = data_variance * noise / (data_variance * data + (data + noise) - data)
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
                 x_0 = predict_x_0(x, torch.full((len(x),), t, device=x.device))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from monai_synth.checkpoint import load_file, require_agreement, restore_network, sha256_of
+from monai_synth.checkpoint import classifier_file, load_file, require_agreement, restore_network, sha256_of
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
 from monai_synth.precision import check_compile, for_sampling, sampling_precision
@@ -54,7 +54,8 @@ def load_lsdm(
     """Load and cross-check the trained files of a folder.
 
     Args:
-        ckpt_dir: folder with ``autoencoder.pt``, the model and ``classifier_<feature>.pt``.
+        ckpt_dir: folder with ``autoencoder.pt``, the model and ``classifier_<feature>.pt``, or of a
+            rectified flow ``classifier_<feature>_rflow.pt``.
         model_file: name of the diffusion model's file.
         features: features to guide; their classifiers must be there.
         device: where to sample.
@@ -91,11 +92,14 @@ def load_lsdm(
     loaded = LSDMModel(network, codec.to(device), contract, checkpoints=checkpoints, precision=used)
     shared = ("autoencoder_sha256", "scale_factor", "schedule", "image_size", "factor")
     for feature in features:
-        name = f"classifier_{feature}.pt"
+        name = classifier_file(feature, contract["schedule"])
         if not (folder / name).is_file():
+            config = (
+                "['train_classifier.json','rflow.json']" if "flow" in contract["schedule"] else "train_classifier.json"
+            )
             msg = (
                 f"guidance asks for {feature}, but {folder / name} is not there; train it "
-                f"(train_classifier.json --feature {feature}), or drop it from --features, or give --guidance_scale 0"
+                f"({config} --feature {feature}), or drop it from --features, or give --guidance_scale 0"
             )
             raise UserError(msg)
         content = load_file(folder / name, stage="classifier")
