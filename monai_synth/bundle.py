@@ -70,7 +70,6 @@ __all__ = [
     "select_preset",
     "sha256_of",
     "trained_file",
-    "use_amp",
 ]
 
 logger = logging.getLogger(__name__)
@@ -241,11 +240,6 @@ def parallel(network: nn.Module, device: str) -> nn.Module:
         return network
     ids = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else None
     return nn.parallel.DistributedDataParallel(network, device_ids=ids)
-
-
-def use_amp(amp: bool, device: str) -> bool:
-    """Mixed precision is for GPUs; a CPU computes in float32 whatever is asked."""
-    return bool(amp) and torch.device(device).type == "cuda"
 
 
 def _print_user_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

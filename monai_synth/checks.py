@@ -10,7 +10,7 @@ from monai_synth.errors import UserError
 
 # what a key must be: least whole number, or the ends of an interval of numbers
 _WHOLE = {
-    "base_channels": 1, "batch_size": 1, "max_epochs": 1, "max_memory_bytes": 0, "max_val_cases": 1,
+    "accumulate": 1, "base_channels": 1, "batch_size": 1, "max_epochs": 1, "max_memory_bytes": 0, "max_val_cases": 1,
     "num_grid_samples": 1, "num_heads": 1, "num_res_blocks": 1, "num_steps": 1, "save_interval": 1, "seed": 0,
     "val_interval": 1,
 }  # fmt: skip

@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from monai_synth.errors import UserError
 
@@ -39,11 +42,27 @@ def workflow(bundle: str, config: str | list[str], kind: str, run_id: str, **val
 
 
 def run(bundle: str, config: str | list[str], kind: str, run_id: str, **values: Any) -> ConfigWorkflow:
+    """Run a bundle whole, and see that none of its networks is fed a MetaTensor."""
     made = workflow(bundle, config, kind, run_id, **values)
-    made.initialize()
-    made.run()
-    made.finalize()
+    with only_plain_tensors():
+        made.initialize()
+        made.run()
+        made.finalize()
     return made
+
+
+@contextlib.contextmanager
+def only_plain_tensors() -> Iterator[None]:
+    """A layer that is fed a tensor with metadata, which costs milliseconds, raises."""
+
+    def refuse(layer: nn.Module, args: tuple) -> None:
+        assert not any(isinstance(value, MetaTensor) for value in args), f"{type(layer).__name__} was fed a MetaTensor"
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def places_of(trained: dict[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainers, prepare-batch classes, datasets of latents and handlers; the names here are what configs use."""
 
+from monai_synth.precision import check_compile, training_precision
 from monai_synth.training.alignment import (
     AlignedLoss,
     AlignedNetwork,
@@ -43,7 +44,6 @@ from monai_synth.training.expert_training import (
     normalisation,
 )
 from monai_synth.training.handlers import (
-    EMA,
     EpochSeed,
     MLflowRun,
     RunProgress,
@@ -71,6 +71,7 @@ from monai_synth.training.prepare_batch import (
     NoisyCropPrepareBatch,
 )
 from monai_synth.training.spade_gan import MapPrepareBatch, SPADEGANTrainer, ttur_rates
+from monai_synth.training.steps import EMA, LrSchedule, MixedPrecisionInferer
 from monai_synth.training.text import class_prompts, hash_of, text_network, where_from
 
 __all__ = [
@@ -100,8 +101,10 @@ __all__ = [
     "LatentDataset",
     "LatentDiffusionPrepareBatch",
     "LossPlot",
+    "LrSchedule",
     "MLflowRun",
     "MapPrepareBatch",
+    "MixedPrecisionInferer",
     "NoduleCropDataset",
     "NoisyCropPrepareBatch",
     "PerceptualLoss",
@@ -113,6 +116,7 @@ __all__ = [
     "StageCheckpoint",
     "ValidationRecord",
     "best_expert",
+    "check_compile",
     "check_start",
     "class_prompts",
     "class_sampler",
@@ -143,6 +147,7 @@ __all__ = [
     "run_training",
     "start_from",
     "text_network",
+    "training_precision",
     "ttur_rates",
     "weight_schedule",
     "where_from",

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from monai.handlers import MLFlowHandler
 from monai.utils import path_to_sqlite_uri
 from torch import nn
@@ -95,33 +94,11 @@ class EpochSeed:
             transform.set_random_state(number)
 
 
-class EMA(EMAHandler):
-    """Ignite's exponential moving average, whose warm-up goes on where a resumed training left it.
-
-    Thesis Eq 4.1 with ``gamma = 1 - momentum``; save ``ema_model`` with the training.
-
-    Args:
-        model: the network; the average leaves a wrapper for distributed training aside.
-        decay: gamma.
-        warmup_iters: iterations in which the momentum falls from one half to ``1 - decay``, so that the average does
-            not remember the fresh network.
-    """
-
-    def __init__(self, model: nn.Module, *, decay: float, warmup_iters: int) -> None:
-        super().__init__(model, momentum=1.0 - decay, momentum_warmup=0.5, warmup_iters=warmup_iters)
-
-    def attach(self, engine: Engine) -> None:  # type: ignore[override]
-        super().attach(engine)
-        engine.add_event_handler(Events.STARTED, self._go_on)
-
-    def _go_on(self, engine: Engine) -> None:
-        self.momentum_scheduler.event_index = engine.state.iteration
-
-
 class StageCheckpoint:
     """Saves a training so that it can be resumed exactly, and writes the trained file at its end.
 
-    ``last_<name>`` holds model, EMA, optimisers, schedulers and epoch; ``<name>`` is the trained file.
+    ``last_<name>`` holds model, EMA, optimisers, schedulers and epoch; ``<name>`` is the trained file. Both say under
+    ``training`` how each stretch of epochs was computed.
 
     Args:
         path: the trained file, e.g. ``models/autoencoder.pt``.
@@ -133,6 +110,7 @@ class StageCheckpoint:
         save_interval: epochs between two saves; the last epoch is always saved.
         resume: go on from ``last_<name>`` where it is there.
         report: called at the end; its result is put into the trained file as ``report``.
+        record: how the weights are computed, e.g. ``precision``; a resumed training may differ in it.
     """
 
     def __init__(
@@ -147,6 +125,7 @@ class StageCheckpoint:
         save_interval: int = 1,
         resume: bool = True,
         report: Callable[[], Mapping[str, Any]] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.last = self.path.with_name(f"last_{self.path.name}")
@@ -158,6 +137,8 @@ class StageCheckpoint:
         self.save_interval = int(save_interval)
         self.resume = bool(resume)
         self.report = report
+        self.record = dict(record or {})
+        self.earlier: list[dict[str, Any]] = []  # records of the stretches before this one
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
@@ -172,7 +153,7 @@ class StageCheckpoint:
         objects = self.objects | ({"scaler": scaler} if scaler is not None else {})
         state = {name: item.state_dict() for name, item in objects.items()}
         content = {"format": FORMAT, "stage": self.stage, "arch": self.arch, "contract": self.contract}
-        content |= {"epoch": epoch, "epoch_length": engine.state.epoch_length, "state": state}
+        content |= {"epoch": epoch, "epoch_length": engine.state.epoch_length, "state": state} | self._training(epoch)
         save_atomic(content, self.last)
 
     def restore(self, engine: Engine) -> int:
@@ -196,7 +177,8 @@ class StageCheckpoint:
         if not self.last.exists():
             return 0
         content = load_file(self.last, stage=self.stage, map_location="cpu")
-        here = {"arch": self.arch, "contract": self.contract, "epoch_length": engine.state.epoch_length}
+        content["arch"], arch = _without_memory_options(content["arch"]), _without_memory_options(self.arch)
+        here = {"arch": arch, "contract": self.contract, "epoch_length": engine.state.epoch_length}
         remedy = f"Give the settings of that training, or another --ckpt_dir, or delete {self.last} to start anew."
         require_agreement({k: content[k] for k in here}, here, f"the unfinished training {self.last}", remedy)
         for name, item in self.objects.items():
@@ -206,15 +188,39 @@ class StageCheckpoint:
             engine.add_event_handler(Events.STARTED, lambda e: e.scaler.load_state_dict(content["state"]["scaler"]))
         epoch, length = int(content["epoch"]), int(content["epoch_length"])
         engine.state.epoch, engine.state.iteration = epoch, epoch * length
+        self._go_on_from(content.get("training", []))
         return epoch
+
+    def _training(self, epoch: int) -> dict[str, Any]:
+        """The stretches up to an epoch, each with its last; nothing where nothing is recorded."""
+        if not self.record or (self.earlier and self.earlier[-1]["until_epoch"] >= epoch):
+            return {"training": self.earlier} if self.earlier else {}
+        return {"training": [*self.earlier, {"until_epoch": epoch, **self.record}]}
+
+    def _go_on_from(self, stretches: list[dict[str, Any]]) -> None:
+        self.earlier = [dict(stretch) for stretch in stretches]
+        if not self.record or not self.earlier:
+            return
+        changed = {key: value for key, value in self.record.items() if self.earlier[-1].get(key) != value}
+        if changed:
+            before = {key: self.earlier[-1].get(key) for key in changed}
+            logger.warning(f"the training goes on with {changed}, it was begun with {before}; both are recorded")
+        else:
+            self.earlier.pop()  # this stretch continues it
 
     def write_trained_file(self, engine: Engine) -> None:
         """Write ``<name>``, on rank 0; the report is made on all ranks, which validate together."""
         extra = {"epochs": int(engine.state.epoch), "report": dict(self.report()) if self.report else {}}
+        extra |= self._training(int(engine.state.epoch))
         if rank():
             return
         save_atomic(trained_file(self.stage, self.export, self.arch, self.contract, **extra), self.path)
         logger.info(f"wrote {self.path} after epoch {engine.state.epoch}")
+
+
+def _without_memory_options(arch: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture without what changes memory and time but no number."""
+    return {**arch, "args": {key: value for key, value in arch["args"].items() if key != "use_checkpoint"}}
 
 
 def run_training(trainer: Engine, checkpoint: StageCheckpoint) -> None:
