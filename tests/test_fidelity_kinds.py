@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from test_consistency import write_pairs
 from monai_synth.data.semantic import LABELS, uint8_to_hu
 from monai_synth.errors import UserError
 from monai_synth.evaluate.fidelity import Settings, evaluate_fidelity
-from monai_synth.evaluate.fidelity_text import answers, console_lines, meaning
+from monai_synth.evaluate.fidelity_text import absent_labels, answers, console_lines, meaning
 from monai_synth.export.nnunet import NNUNetRawWriter
 
 
@@ -143,6 +144,20 @@ def test_nodule_crops_and_their_masks_are_compared(ct: dict[str, Any]) -> None:
     assert entry["metrics"]["nodule_frechet_classifier"]["warnings"]
     assert set(entry["masks"]) == {"nodule_benign", "nodule_indeterminate", "nodule_malignant"}
     assert ct["content"]["sets"]["synthetic"]["nodules"]["n"] == 12
+
+
+def test_a_label_that_no_mask_has_is_named_once_and_not_compared(ct: dict[str, Any]) -> None:
+    content = copy.deepcopy(ct["content"])
+    page = (ct["out"] / "report.html").read_text()
+    absent = absent_labels(content)
+    for name, masks in content["sets"]["synthetic"]["masks"].items():
+        in_none = not any(s["masks"][name]["area"]["mean"] for s in content["sets"].values() if s.get("masks"))
+        assert in_none == (name in absent) == (f"Objects of the masks: {name.replace('_', ' ')}" not in page), masks
+    for s in content["sets"].values():
+        s.get("masks", {}).get("nodule_malignant", {}).get("area", {})["mean"] = 0.0
+    lines = console_lines(content)
+    assert not any(line.strip().startswith("nodule_malignant: ") for line in lines)
+    assert any(line.startswith("in no mask: ") and "nodule_malignant" in line for line in lines)
 
 
 def test_images_of_the_same_maps_are_compared_in_pairs(ct: dict[str, Any]) -> None:

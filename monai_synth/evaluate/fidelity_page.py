@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monai_synth.evaluate import fidelity_figures as figures_of
-from monai_synth.evaluate.fidelity_text import label_of, meaning, shown
+from monai_synth.evaluate.fidelity_text import absent_labels, label_of, meaning, shown
 from monai_synth.evaluate.image_sets import NAMES
 from monai_synth.evaluate.mask_fidelity import STATISTICS
 from monai_synth.page import answer_html, image_html, page, settings_html, table_html, warnings_html
@@ -93,8 +93,9 @@ def _figures(
             parts.append(image_html(picture, "precision, recall, density and coverage with intervals"))
     if "hu" in figures:
         parts.append("<h3>Hounsfield units</h3>" + image_html(figures_of.hu_png(figures["hu"]), "shares of HU"))
+    absent = absent_labels(content)
     for name in next(iter(figures["masks"].values())).rows if "masks" in figures else ():
-        picture = figures_of.masks_png(figures["masks"], name)
+        picture = None if name in absent else figures_of.masks_png(figures["masks"], name)
         if picture:
             parts.append(f"<h3>Objects of the masks: {html.escape(name.replace('_', ' '))}</h3>")
             parts.append(image_html(picture, f"area, number and shape of {name}"))
@@ -236,8 +237,8 @@ def _masks(content: Mapping[str, Any]) -> str:
     if not entries:
         return ""
     keys = [key for key in ("synthetic", "real_train", "real_test") if content["sets"].get(key, {}).get("masks")]
-    rows = []
-    for name in list(dict.fromkeys(name for e in entries for name in e["masks"])):
+    rows, absent = [], absent_labels(content)
+    for name in dict.fromkeys(name for e in entries for name in e["masks"] if name not in absent):
         for statistic, (unit, text) in STATISTICS.items():
             title = f"{name}: {statistic}".replace("_", " ")
             row = [f"{html.escape(title)}{f', {unit}' if unit else ''}<br><small>{text}</small>"]
@@ -252,10 +253,11 @@ def _masks(content: Mapping[str, Any]) -> str:
                 row.append(number_html("mask", found["wasserstein"]) + said if found else "-")
             rows.append(row)
     head = ["", *(f"{NAMES[key]}: mean ± sd" for key in keys), *(f"distance {label_of(e)}" for e in entries)]
+    missing = f" In no mask: {html.escape(', '.join(absent).replace('_', ' '))}." if absent else ""
     return (
         "<h3>Masks</h3><p>The distance (Wasserstein-1, in the unit of the row) says how far the values must be moved "
         "on average to become those of the other set; gap: the largest one of the cumulative shares (0 to 1, "
-        "Kolmogorov-Smirnov).</p>" + table_html(head, rows)
+        f"Kolmogorov-Smirnov).{missing}</p>" + (table_html(head, rows) if rows else "")
     )
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from monai_synth.evaluate.image_sets import NAMES
 
 _EXTRACTORS = {
-    "classifier": ("classifier features", "as a classifier trained on these data sees them"),
+    "classifier": ("classifier features", "as the classifier given sees them"),
     "inception": ("Inception features", "as a network trained on photographs sees them"),
     "inception_clean": ("Inception features, clean resize", "as a network trained on photographs sees them"),
     "unknown_inception": ("unknown Inception weights", "by a network of unknown origin"),
@@ -107,18 +107,30 @@ def label_of(entry: Mapping[str, Any]) -> str:
     return text if entry["class"] is None else f"{entry['class']}: {text}"
 
 
+def absent_labels(content: Mapping[str, Any]) -> list[str]:
+    """Labels of which no mask of any set has a pixel: there is nothing to compare."""
+    sets = [s["masks"] for s in content["sets"].values() if s.get("masks")]
+    names = dict.fromkeys(name for s in sets for name in s)
+    return [name for name in names if not any(s.get(name, {}).get("area", {}).get("mean") for s in sets)]
+
+
 def console_lines(content: Mapping[str, Any]) -> list[str]:
     """The results as text."""
-    lines = []
+    lines, absent = [], absent_labels(content)
     for entry in content["pairs"]:
         of_class = f" ({entry['class']})" if entry["class"] is not None else ""
         lines.append(f"{NAMES[entry['a']]} | {NAMES[entry['b']]}{of_class}")
         rows = dict(entry["metrics"])
         rows |= {f"HU of {name}": r["wasserstein"] for name, r in entry.get("hu", {}).items()}
         rows |= {
-            f"{name}: {key}": r["wasserstein"] for name, s in entry.get("masks", {}).items() for key, r in s.items()
+            f"{name}: {key}": r["wasserstein"]
+            for name, s in entry.get("masks", {}).items()
+            for key, r in s.items()
+            if name not in absent
         }
         lines += [_line(key, number) for key, number in rows.items()]
+    if absent:
+        lines.append(f"in no mask: {', '.join(absent)}")
     if content.get("paired"):
         lines.append("synthetic | real image of the same map")
         lines += [_line(key, number) for key, number in content["paired"]["metrics"].items()]
