@@ -22,21 +22,24 @@ the rows mean and what was found: scripts/benchmark.md. Nothing here is a test: 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from benchmark_rows import jobs, joint, lsdm, quality, scale, spade
-from benchmark_rows.measure import ROWS, Row, Run
+from benchmark_rows.measure import ROWS, Row, Run, cpu_seconds
 from benchmark_rows.report import compare, describe_machine, load, save, table
 
 from monai_synth.errors import UserError
 
 MODULES = (spade, lsdm, joint, quality, scale)  # importing them has put their rows into ROWS
+logging.getLogger("monai_synth.precision").setLevel(logging.ERROR)  # that a processor is slow in bfloat16 is a row
 JOBS = ("lidc", "xml_zip", "pairs", "first_command", "alignment")
 
 
@@ -82,8 +85,8 @@ def run_of(arguments: argparse.Namespace) -> Run:
     return Run(device, rounds, level, str(arguments.class_model) if arguments.class_model else None)
 
 
-def measure(run: Run, names: list[str]) -> tuple[list[Row], list[str]]:
-    """All rows of these names, and the names of those that failed."""
+def measure(run: Run, names: list[str], keep: Callable[[list[Row]], None]) -> tuple[list[Row], list[str]]:
+    """All rows of these names, and the names of those that failed; ``keep`` gets what there is after each."""
     rows: list[Row] = []
     failed: list[str] = []
     for name in names:
@@ -96,6 +99,7 @@ def measure(run: Run, names: list[str]) -> tuple[list[Row], list[str]]:
             traceback.print_exc()
             failed.append(name)
             rows.append(Row(name, name, skipped=f"FAILED: {type(error).__name__}: {error}"))
+        keep(rows)
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     return rows, failed
 
@@ -132,12 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
           f"{machine['python']}, {versions}, {time.strftime('%Y-%m-%d')}\n")  # fmt: skip
     if run_jobs(options) and not options.rows:
         return 0
-    start = time.monotonic()
-    rows, failed = measure(run, options.rows or list(ROWS))
+    start, cpu_start = time.monotonic(), cpu_seconds()
+
+    def keep(rows: list[Row]) -> None:
+        if options.json:
+            save(options.json, rows, machine, {"level": run.level, "rounds": run.rounds, "threads": options.threads})
+
+    rows, failed = measure(run, options.rows or list(ROWS), keep)
     print(table(rows, judged=run.level != "quick"))
-    print(f"\n{len(rows)} rows in {time.monotonic() - start:.0f} s, level {run.level}, {run.rounds} rounds")
-    if options.json:
-        save(options.json, rows, machine, {"level": run.level, "rounds": run.rounds, "threads": options.threads})
+    seconds, cpu = time.monotonic() - start, cpu_seconds() - cpu_start
+    print(f"\n{len(rows)} rows, level {run.level}, {run.rounds} rounds: {seconds:.0f} s, {cpu:.0f} CPU s")
     changes = [] if old is None else compare(old, rows)
     if old is not None:
         print(f"\nagainst {options.against}:")

@@ -178,6 +178,18 @@ class TestEqualWork:
         x = torch.randn(2, 3, requires_grad=True)
         assert joint.kept_bytes(Square(), x) == 2 * 3 * 4  # x itself, twice saved and once counted
 
+    def test_kept_bytes_leave_out_the_weights(self) -> None:
+        class Scale(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(1000))
+
+            def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                return x * self.weight.mean() + (x[:, :1] * self.weight).sum()
+
+        x = torch.randn(2, 3)
+        assert joint.kept_bytes(Scale(), x) < 4 * 1000
+
     def test_the_flops_of_a_convolution_step_are_those_of_three_convolutions(self) -> None:
         class Conv(torch.nn.Module):
             def __init__(self) -> None:

@@ -60,8 +60,8 @@ def _training_rows(run: Run, key: str, goals: dict[str, float], batch: int, shap
             "" if alike else f", {peer} {millions[peer]:.2f} M"
         )
         rows.append(compared(
-            f"{key}/{peer}/fp32", f"{work}, float32", times, peer, goal=None if bf16 else goal,
-            note=note if bf16 or goal is None else FP32_GOAL + note,
+            f"{key}/{peer}/fp32", f"{work}, float32", times, peer, goal=goal,
+            note=note if goal is None else FP32_GOAL + note,
         ))  # fmt: skip
         label = f"{work}, ours bfloat16 autocast"
         if bf16:
@@ -116,8 +116,7 @@ def jdm_call(run: Run, *, batch: int, **shape: Any) -> list[Row]:
     actions = {name: sampling_call(network, x) for name, network in networks.items()}
     bf16 = has_bf16(run.device)
     if bf16:
-        own = in_bf16(unet("ours", **shape).to(run.device))
-        actions["bf16"] = sampling_call(own, x.to(torch.bfloat16, memory_format=torch.channels_last))
+        actions["bf16"] = sampling_call(in_bf16(networks["ours"], run.device), x)
     times = run.time(actions)
     size, millions = shape["size"], {name: parameters_of(net) / 1e6 for name, net in networks.items()}
     work = f"JDM denoiser call, {size} x {size}, base {shape['base']}, batch {batch}"
@@ -127,8 +126,8 @@ def jdm_call(run: Run, *, batch: int, **shape: Any) -> list[Row]:
         alike = millions[peer] == millions["ours"]
         note = f"{millions['ours']:.2f} M parameters" + ("" if alike else f", {peer} {millions[peer]:.2f} M")
         rows.append(compared(
-            f"jdm-call/{peer}/fp32", f"{work}, float32", times, peer, goal=None if bf16 else goal,
-            note=note if bf16 or goal is None else FP32_GOAL + note,
+            f"jdm-call/{peer}/fp32", f"{work}, float32", times, peer, goal=goal,
+            note=note if goal is None else FP32_GOAL + note,
         ))  # fmt: skip
         label = f"{work}, ours bfloat16 weights, channels last"
         if bf16:
@@ -150,7 +149,7 @@ def peaks_of_steps(jobs: list[dict[str, Any]]) -> list[float]:
 
 @rows_of(
     "jdm-memory",
-    full={**WIDE, "base": 32, "size": 128, "attention": (32, 16), "batch": 2, "repeats": 2},
+    full={**WIDE, "base": 32, "size": 128, "attention": (32, 16), "batch": 2, "repeats": 1},
     quick={**WIDE, "base": 32, "size": 128, "attention": (32, 16), "batch": 2, "repeats": 1},
     tiny={**TINY, "batch": 1, "repeats": 1},
     gpu={**WIDE, "base": 128, "size": 256, "attention": (64, 32), "batch": 8, "repeats": 1},
@@ -183,10 +182,9 @@ def jdm_memory(run: Run, *, batch: int, repeats: int, **shape: Any) -> list[Row]
         if name not in peaks:
             rows.append(Row(f"jdm-memory/{name}", f"{work}, {text}", "MONAI", skipped=NO_BF16))
             continue
-        decides = name == ("bf16" if bf16 else "fp32")
         rows.append(compared(
             f"jdm-memory/{name}", f"{work}, {text}", peaks, "MONAI", ours=name, unit="MiB", note=note,
-            goal=Goal(0.6) if decides else None,
+            goal=Goal(0.6),
         ))  # fmt: skip
     rows.append(compared(
         "jdm-memory/fp32/diffusers", f"{work}, float32", peaks, "diffusers", ours="fp32", unit="MiB", note=note

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmark_rows.measure import Goal, Row, Run, compared, rows_of
-from benchmark_rows.networks import NO_BF16, has_bf16, randomize
+from benchmark_rows.networks import NO_BF16, has_bf16, in_bf16, randomize
 from benchmark_rows.spade import (
     LABELS,
     LATENT,
     SCHEDULE,
-    BFloat16Network,
     autoencoder,
     equal_spade_networks,
     spade_inputs,
@@ -91,7 +90,7 @@ def our_sampling(case: Case, *, guided: bool, bf16: bool = False) -> Callable[[]
     """20 calls of dpm++ with SPADE's modulations cached, label encoded and image decoded, as the bundle samples."""
     from monai_synth.inference.lsdm import LSDMInferer
 
-    network = BFloat16Network(case.network) if bf16 else case.network
+    network = in_bf16(case.network, case.label.device) if bf16 else case.network
     inferer = LSDMInferer(
         case.codec, SCHEDULE, classifiers=case.classifiers if guided else None, crop_size_latent=case.crop
     )
@@ -171,7 +170,7 @@ def lsdm_sampling(run: Run, *, batch: int, steps: int, guided_steps: int, **shap
         scales = {"scale": 32 / batch, "peer_scale": 32 / batch * TEXT_STEPS / timed}
         rows.append(compared(
             f"lsdm-sampling/{name}/fp32", f"{work}, float32", times, "slow", peer_name="1000 ancestral steps",
-            times_faster=True, goal=None if bf16 else goal, note=note, **scales,
+            times_faster=True, goal=goal, note=note, **scales,
         ))  # fmt: skip
         label = f"{work}, U-Net in bfloat16"
         if bf16:

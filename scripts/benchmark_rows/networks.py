@@ -8,6 +8,7 @@ equal work. That of denoising-diffusion-pytorch is another architecture; its par
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 
@@ -19,14 +20,17 @@ INSTALL = "pip install denoising-diffusion-pytorch"
 
 
 def has_bf16(device: str) -> bool:
-    """Whether a device has units for bfloat16; without them it is emulated, and slow."""
+    """Whether a device has instructions for bfloat16; without them it is emulated, and slow.
+
+    The package's "auto" asks for more of a CPU, AMX; a row may as well show what AVX512's instructions bring.
+    """
     if device != "cpu":
         return torch.cuda.is_bf16_supported()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16"))
 
 
-NO_BF16 = "this processor has no units for bfloat16 (AMX or AVX512)"
+NO_BF16 = "this processor has no instructions for bfloat16 (AMX or AVX512)"
 
 
 def has_lucidrains() -> bool:
@@ -145,13 +149,8 @@ def sampling_call(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return predict
 
 
-def in_bf16(network: nn.Module) -> nn.Module:
-    """A network with bfloat16 weights, channels last, for sampling."""
-    return network.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+def in_bf16(network: nn.Module, device: str) -> nn.Module:
+    """A copy of a network as the package samples from it in bfloat16; it takes and gives float32."""
+    from monai_synth.precision import for_sampling
 
-
-def nested_to(value: object, dtype: torch.dtype) -> object:
-    """Tensors within tuples in another type, channels last; for cached modulations."""
-    if isinstance(value, Tensor):
-        return value.to(dtype=dtype, memory_format=torch.channels_last)
-    return tuple(nested_to(part, dtype) for part in value)
+    return for_sampling(copy.deepcopy(network).eval(), precision="bfloat16", device=device)[0]

@@ -319,12 +319,8 @@ def sampling_actions(
         "diffusers": _pipeline(networks["diffusers"], device, batch, calls),
     }
     if has_bf16(device):
-        half = in_bf16(unet("ours", **shape).to(device))
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return half(x.to(torch.bfloat16, memory_format=torch.channels_last), t).float().contiguous()
-
-        actions["bf16"] = lambda: our_samples(denoise, x_T, "dpm++", calls)
+        half = in_bf16(networks["ours"], device)
+        actions["bf16"] = lambda: our_samples(lambda x, t: call(half, x, t), x_T, "dpm++", calls)
     if "denoising-diffusion-pytorch" in networks:
         actions["denoising-diffusion-pytorch"] = _lucidrains(
             networks["denoising-diffusion-pytorch"], device, batch, calls, shape["size"]

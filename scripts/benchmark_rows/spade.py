@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark_rows.measure import Goal, Row, Run, compared, rows_of
-from benchmark_rows.networks import NO_BF16, has_bf16, in_bf16, nested_to, randomize
+from benchmark_rows.networks import NO_BF16, has_bf16, in_bf16, randomize
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0205}
 LABELS, LATENT = 8, 3
@@ -50,23 +49,6 @@ def autoencoder(channels: Sequence[int]) -> nn.Module:
         2, 1, 1, [1] * levels, channels, (False,) * levels, LATENT, norm_num_groups=min(8, channels[0]),
         with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, use_flash_attention=True,
     )  # fmt: skip
-
-
-class BFloat16Network(nn.Module):
-    """A copy of a SPADE network with bfloat16 weights, channels last, that takes and gives float32."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = in_bf16(copy.deepcopy(network))
-
-    def modulations(self, seg: Tensor, size: Sequence[int]) -> object:
-        """As the network's, in bfloat16."""
-        return nested_to(self.network.modulations(seg.to(torch.bfloat16), size), torch.bfloat16)
-
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        """As the network's."""
-        x = x.to(torch.bfloat16, memory_format=torch.channels_last)
-        return self.network(x, t, **conditions).float().contiguous()
 
 
 def equal_spade_networks(channels: Sequence[int], hidden: int, device: str) -> tuple[nn.Module, nn.Module]:
@@ -116,7 +98,7 @@ def spade_call(run: Run, *, channels: Sequence[int], hidden: int, latent: int, b
     }
     bf16 = has_bf16(run.device)
     if bf16:
-        half = BFloat16Network(ours)
+        half = in_bf16(ours, run.device)
         with torch.no_grad():
             cached = half.modulations(seg, (latent, latent))
         actions["bf16"] = keep("bf16", lambda: half(x, t, modulations=cached))
