@@ -155,7 +155,11 @@ class Bundle:
         return [max(whole, key=lambda p: len(keys & whole[p].keys())), path]
 
     def train_properties(self) -> str:
-        return self._properties("train", "training", preset="demo")
+        import torch
+
+        # a demo's settings at the model's size: stages of the model that lie beside it are refused at another
+        contract = torch.load(self.folder / "models" / "model.pt", map_location="cpu", weights_only=True)["contract"]
+        return self._properties("train", "training", preset="demo", image_size=list(contract["image_size"]))
 
     def inference_properties(self) -> str:
         return self._properties("inference", "run")

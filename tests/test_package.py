@@ -18,7 +18,7 @@ from bundle_runs import BUNDLES, options, run
 from source_images import shades
 
 import monai_synth
-from monai_synth import cli, package
+from monai_synth import cli, package, package_check
 from monai_synth.checkpoint import build_network, save_atomic
 from monai_synth.data.classes import prepare_classes
 from monai_synth.errors import UserError
@@ -232,6 +232,19 @@ def without_this_package(folder: Path, *arguments: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bundle", ["cfg_ddpm", "fad", "jdm", "lsdm", "spade_gan"])
+def test_training_is_checked_at_the_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: str) -> None:
+    assert "image_size" in json.loads((BUNDLES / bundle / "configs" / "train.json").read_text())
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "models").mkdir()
+    shutil.copy(BUNDLES / bundle / "configs" / "metadata.json", tmp_path / "configs")
+    torch.save({"contract": {"image_size": [96, 64]}}, tmp_path / "models" / "model.pt")
+    asked = []
+    monkeypatch.setattr(package_check.Bundle, "_properties", lambda self, *names, **values: asked.append(values))
+    package_check.Bundle(tmp_path, tmp_path / "schema.json", None, []).train_properties()
+    assert asked == [{"preset": "demo", "image_size": [96, 64]}]
+
+
 def test_every_check_of_the_zoo_is_a_line(packaged: tuple[Path, list[str]]) -> None:
     archive, lines = packaged
     assert archive.name == "cfg_ddpm_v0.1.0.zip"
