@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from monai_synth.commands.shared import say
+from monai_synth.commands.shared import options_of, say
 
 
 def add_package(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +32,4 @@ def add_package(parser: argparse.ArgumentParser) -> None:
 def _package(arguments: argparse.Namespace) -> None:
     from monai_synth.package import package_bundle
 
-    package_bundle(
-        arguments.bundle,
-        ckpt_dir=arguments.ckpt_dir,
-        out=arguments.out,
-        depend=arguments.depend,
-        version=arguments.version,
-        change=arguments.change,
-        weights_url=arguments.weights_url,
-        dataset_dir=arguments.dataset_dir,
-        report=say,
-    )
+    package_bundle(**options_of(package_bundle, arguments), report=say)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 
@@ -11,6 +13,11 @@ def settings_of(kind: type, arguments: argparse.Namespace) -> Any:
     """An experiment's settings: what was given under their names, and their own defaults."""
     given = {name: getattr(arguments, name, None) for name in kind.__dataclass_fields__}
     return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def options_of(call: Callable[..., Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of a function's own arguments."""
+    return {name: getattr(arguments, name) for name in inspect.signature(call).parameters if hasattr(arguments, name)}
 
 
 def say(text: str) -> None:
