@@ -15,6 +15,7 @@ from typing import Any
 
 from monai_synth.checks import check_numbers, chosen_device
 from monai_synth.errors import UserError
+from monai_synth.experiments.choices import chosen_baseline, chosen_batch_size
 from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
 from monai_synth.experiments.record import record_settings, require_own_folder
 
@@ -91,14 +92,12 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     from monai_synth.experiments.expert_report import Comparison, write_results
 
     device = chosen_device(settings.device)
-    batch_size = _BATCH_SIZE[device] if settings.batch_size is None else settings.batch_size
+    batch_size = chosen_batch_size(settings.batch_size, device, _BATCH_SIZE)
     check_numbers(batch_size=batch_size, **({} if settings.num_steps is None else {"num_steps": settings.num_steps}))
     if settings.num_bootstrap < 1:
         raise UserError(f"bootstrap is {settings.num_bootstrap}; 1 or more is needed (--bootstrap)")
     arms = source.read_models(settings.models)
-    baseline = next(iter(arms)) if settings.baseline is None else settings.baseline
-    if baseline not in arms:
-        raise UserError(f"there is no arm {baseline!r}; allowed are {', '.join(arms)} (--baseline)")
+    baseline = chosen_baseline(arms, settings.baseline)
     models = [model for found in arms.values() for model in found]
     classes = dict(models[0].contract["classes"])
     left, sampled = source.chosen_classes(classes, settings.exclude, settings.only)

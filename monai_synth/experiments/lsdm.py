@@ -17,6 +17,7 @@ import numpy as np
 
 from monai_synth.checks import check_numbers, chosen_device
 from monai_synth.errors import UserError
+from monai_synth.experiments.choices import chosen_baseline, chosen_batch_size
 from monai_synth.experiments.nnunet_jobs import locked, terminated_as_interrupt
 from monai_synth.experiments.record import record_settings, require_own_folder
 
@@ -109,12 +110,13 @@ def run_experiment(settings: Settings, *, report: Callable[[str], None] = print)
     from monai_synth.experiments.lsdm_source import Arm
 
     device = chosen_device(settings.device)
-    batch_size = _BATCH_SIZE[device] if settings.batch_size is None else settings.batch_size
+    batch_size = chosen_batch_size(settings.batch_size, device, _BATCH_SIZE)
     _check(settings, batch_size)
     models = source.read_models(settings.models)
     guidance = _guidance(settings, models)
     arms, guided = source.chosen_arms(models, guidance, settings.guided, settings.scale)
-    baseline = _baseline(arms, settings.baseline)
+    by_name = {arm.name: arm for arm in arms}
+    baseline = by_name[chosen_baseline(by_name, settings.baseline)]
     cases = source.read_cases(settings.dataset, models, settings.max_cases)
     if settings.crop > min(models[0].image_size):
         size = min(models[0].image_size)
@@ -184,15 +186,6 @@ def _guidance(settings: Settings, models: Sequence[Any]) -> tuple[str, ...]:
     there = guided.features if guided else ()
     words = tuple(word for word, feature in FEATURE_OF.items() if feature in there)
     return ("none", *words, *(("all",) if len(words) == len(FEATURE_OF) else ()))
-
-
-def _baseline(arms: Sequence[Any], name: str | None) -> Any:
-    if name is None:
-        return arms[0]
-    for arm in arms:
-        if arm.name == name:
-            return arm
-    raise UserError(f"there is no arm {name!r}; allowed are {', '.join(arm.name for arm in arms)} (--baseline)")
 
 
 def _extractors(settings: Settings, device: str) -> tuple[list[Any], Any]:
