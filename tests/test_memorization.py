@@ -130,6 +130,7 @@ def test_of_few_held_out_patients_no_fresh_slice_is_removed_and_a_copy_still_is(
     assert f"{num_held} held-out patients are too few" in content["warnings"][0]
     assert f"{num_held} held-out patients are too few" in (tmp_path / "out" / "report.html").read_text()
     assert all(row["tail_p_value"] is None for row in content["cases"])
+    assert "p by" not in (tmp_path / "out" / "report.html").read_text()  # a mark decides, not a chance
     assert not any("almost as close" in text for text in content["warnings"])
 
 
@@ -196,6 +197,18 @@ def test_a_classifier_of_grey_images_is_refused_for_rgb(tmp_path: Path) -> None:
     write_sets(tmp_path, train=3, held=3, fresh=3, copies=0, channels=3)
     with pytest.raises(UserError, match="takes grey images, these are RGB"):
         run(tmp_path, extractor=str(write_classifier(tmp_path / "c.pt")))
+
+
+def test_flat_images_that_are_all_equal_but_for_their_grey_are_audited_without_a_number_that_is_none(
+    tmp_path: Path,
+) -> None:
+    for name, greys in (("train", (10, 20)), ("held", (30, 40)), ("synthetic", (50, 60, 70))):
+        for grey in greys:
+            save(tmp_path / name / f"{name}{grey}.png", np.full((1, 32, 32), grey, np.uint8))
+    content = run(tmp_path, show_real=True)
+    assert not flagged(content)
+    assert "nan" not in (tmp_path / "out" / "report.html").read_text().split("<img")[0]
+    assert content["membership"]["value"] == 0.5
 
 
 def test_a_null_full_of_near_duplicates_raises_the_bar_and_is_told(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,11 @@ def _histograms(content: Mapping[str, Any]) -> bytes:
                 color=_COLOURS[which], alpha=0.55,
             )  # fmt: skip
         axes.axvline(min(1.0, content["scores"][key]["threshold"]), color="#222", linestyle="--", linewidth=1)
-        axes.set(title=content["scores"][key]["title"], xlabel="to the nearest training image", ylabel="% of images")
+        axes.set(
+            title=textwrap.fill(content["scores"][key]["title"], 40),
+            xlabel="to the nearest training image",
+            ylabel="% of images",
+        )
         axes.legend(fontsize=7)
     return png(figure)
 
@@ -190,8 +195,9 @@ def _pictures(content: Mapping[str, Any], sets: Mapping[str, Any], num: int, sho
         real = train.picture(row["nearest_index"], sets["size"])
         caption = (
             f"<b>{row['verdict']}</b> {html.escape(row['synthetic_id'])} ({row['pose_name']}), beside training image "
-            f"{html.escape(row['nearest_id'])}; {_scores(row, content)}, p = {row['p_value']:.2g}"
+            f"{html.escape(row['nearest_id'])}; {_scores(row, content)}"
         )
+        caption += "" if row["tail_p_value"] is None else f", p = {row['p_value']:.2g}"
         both = "".join(image_html(_png(image), alt) for image, alt in ((made, "synthetic"), (real, "training")))
         css = " class='copy'" if row["verdict"] == "near copy" else ""
         figures.append(f"<figure{css}><div class='both'>{both}</div><figcaption>{caption}</figcaption></figure>")
@@ -213,12 +219,12 @@ def _list(content: Mapping[str, Any]) -> str:
         [
             html.escape(row["synthetic_id"]), html.escape(row["nearest_id"]), row["pose_name"],
             *(_decimals(row[key]) for key in scores),
-            f"{row['p_value']:.2g}", "-" if row["tail_p_value"] is None else f"{row['tail_p_value']:.2g}",
+            *([] if row["tail_p_value"] is None else [f"{row['p_value']:.2g}", f"{row['tail_p_value']:.2g}"]),
         ]
         for row in copies[:_LISTED]
     ]  # fmt: skip
-    head = ("synthetic image", "nearest training image", "pose", *map(html.escape, scores.values()), "p by counting",
-            "p by tail")  # fmt: skip
+    head = ["synthetic image", "nearest training image", "pose", *map(html.escape, scores.values())]
+    head += [] if copies[0]["tail_p_value"] is None else ["p by counting", "p by tail"]  # none where a mark decides
     more = f"<p>The first {_LISTED} of {len(copies)}; all are in memorization.csv.</p>" if len(copies) > _LISTED else ""
     return f"<h2>Near copies</h2>{table_html(head, cells)}{more}"
 
