@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -465,6 +466,55 @@ def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(
         assert done.returncode == 0, done.stderr[-2000:]
         assert ("resuming model from" in done.stdout) == (name == "killed")
     assert_equal(weights_of(found["whole"]), weights_of(found["killed"]))
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+import torch.distributed as dist
+from monai.bundle import ConfigWorkflow
+from monai_synth import bundle
+
+files, values = eval(sys.argv[1])
+made = ConfigWorkflow(files, workflow_type="train", run_id="training", **values)
+made.initialize()
+made.run()
+for name in ("network", "discriminator"):
+    net = made.parser.get_parsed_content(name)
+    assert isinstance(net, torch.nn.parallel.DistributedDataParallel), type(net)
+    mine = torch.cat([p.detach().flatten() for p in net.parameters()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    assert torch.equal(*both), name
+shown = made.parser.get_parsed_content("train#trainer").state.output["pred"]
+both = [torch.empty_like(shown) for _ in range(2)]
+dist.all_gather(both, shown)
+assert not torch.equal(*both), "both processes saw the same images"
+made.finalize()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_see_different_images_end_with_equal_weights_and_write_one_file(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    files = [str(SPADE_GAN / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    found = places(tmp_path, tiny_dataset)
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29621"]
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [*torchrun, str(script), repr((files, TINY | {"batch_size": 3} | found))], cwd=root, text=True,
+        capture_output=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.count("wrote " + found["ckpt_dir"]) + done.stderr.count("wrote " + found["ckpt_dir"]) == 1
+    assert {p.name for p in Path(found["ckpt_dir"]).iterdir()} == {"model.pt", "last_model.pt"}
+    made = weights_of(found)
+    assert all(torch.isfinite(value).all() for value in made.values())
+    client = mlflow.MlflowClient(f"sqlite:///{found['output_dir']}/mlruns.db")
+    assert len(client.search_runs([client.get_experiment_by_name("spade_gan").experiment_id])) == 1
 
 
 @pytest.mark.slow
