@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -328,6 +329,25 @@ def test_maps_with_unknown_values_or_of_another_size_are_refused(trained: dict[s
         options = {"label_dir": str(tmp_path / name), "num_samples": 1}
         error = user_error(lambda name=name, options=options: sample(trained, tmp_path / "out" / name, **options))
         assert re.search(message, str(error))
+
+
+@pytest.mark.slow
+def test_one_classifier_of_all_features_is_trained_and_guides(trained: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(trained["ckpt_dir"], folder)
+    own = {"preset": "demo", "image_size": [64, 64], "max_epochs": 1, "device": "cpu", "feature": "all"}
+    places = {"dataset_dir": trained["dataset_dir"], "ckpt_dir": str(folder), "output_dir": str(tmp_path / "eval")}
+    run("train_classifier.json", "train", "training", **own, **places)
+    report = load_file(folder / "classifier_all.pt", stage="classifier")["report"]
+    assert set(report["features"]) == {"malignancy", "lobulation", "spiculation", "texture"}
+    moved = trained | {"ckpt_dir": str(folder)}
+    options = {"shared_classifier": True, "features": ["malignancy", "texture"], "guidance_scale": 30.0}
+    guided = sample(moved, tmp_path / "guided", **options)
+    lines = [json.loads(line) for line in (guided / "provenance.jsonl").read_text().splitlines()]
+    assert set(lines[0]["checkpoints"]) == {"model.pt", "autoencoder.pt", "classifier_all.pt"}
+    plain = sample(moved, tmp_path / "plain", guidance_scale=0)
+    same = [(guided / "imagesTr" / p.name).read_bytes() == p.read_bytes() for p in (plain / "imagesTr").iterdir()]
+    assert not all(same)
 
 
 @pytest.mark.slow

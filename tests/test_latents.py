@@ -11,6 +11,7 @@ import torch
 from monai.networks.nets import AutoencoderKL
 
 from monai_synth.data.datalist import load_datalist
+from monai_synth.data.semantic import GUIDING_FEATURES
 from monai_synth.data.slices import one_hot, slice_preprocessing
 from monai_synth.errors import UserError
 from monai_synth.networks import pool_semantic
@@ -99,7 +100,7 @@ def test_crops_are_cut_around_the_nodule(tiny_dataset: Path, codec: LatentCodec,
     assert len(crops) == 12
     for (case_index, top, left, target), case in zip(crops.items, cache.cases, strict=True):
         nodule = case["nodules"][0]
-        assert target == nodule["malignant"]
+        assert target == [nodule["malignant"]]
         row, col = (c / 4 for c in nodule["center"])
         assert top <= row < top + 8
         assert left <= col < left + 8
@@ -112,6 +113,17 @@ def test_balanced_weights_draw_every_label_alike(tiny_dataset: Path, codec: Late
     weights = np.array(crops.balanced_weights())
     assert weights.sum() == pytest.approx(1.0)
     assert weights[crops.targets == 1].sum() == pytest.approx(0.5)
+
+
+def test_the_guiding_features_are_told_of_each_crop(
+    tiny_dataset: Path, codec: LatentCodec, tmp_path: Path
+) -> None:
+    cache = make_cache(tiny_dataset, codec, tmp_path)
+    crops = NoduleCropDataset(cache, "all", crop_size=8)
+    alone = [NoduleCropDataset(cache, feature, crop_size=8) for feature in GUIDING_FEATURES]
+    np.testing.assert_array_equal(crops.targets, np.stack([c.targets for c in alone], axis=1))
+    np.testing.assert_array_equal(crops[3]["target"], crops.targets[3])
+    np.testing.assert_allclose(crops.balanced_weights(), np.mean([c.balanced_weights() for c in alone], axis=0))
 
 
 def test_features_that_lidc_does_not_rate_and_crops_that_do_not_fit_are_refused(

@@ -42,6 +42,10 @@ FEATURES: tuple[str, ...] = (
     "malignancy",
 )
 
+MALIGNANCY = "malignancy"  # the one feature that is classified, as benign or malignant; the others are rated 1 to 5
+# those whose classifiers the thesis finds to converge (Sec 4.2), and guides by
+GUIDING_FEATURES: tuple[str, ...] = (MALIGNANCY, "lobulation", "spiculation", "texture")
+
 HU_MAX = 800
 HU_BANDS = ((-400, "body"), (0, "soft_tissue"), (200, "high_dense"))
 _SPECK_AREA = 4.0  # mm^2

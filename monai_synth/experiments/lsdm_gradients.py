@@ -17,9 +17,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from monai_synth.data.semantic import MALIGNANCY
 from monai_synth.diffusion import add_noise
 from monai_synth.experiments.lsdm_scores import Patients
-from monai_synth.inference.guidance import MALIGNANCY, NoduleGuidance, NoduleRequest, nodule_requests
+from monai_synth.inference.guidance import NoduleGuidance, NoduleRequest, nodule_requests
 from monai_synth.inference.model import LSDMModel
 from monai_synth.inference.sampler import initial_noise, make_generators
 from monai_synth.networks.latent_codec import latent_window

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from monai_synth.data.semantic import MALIGNANCY
 from monai_synth.evaluate.hu_fidelity import crop_at
 from monai_synth.experiments import lsdm_reconstruction as reconstruction
 from monai_synth.experiments.lsdm_gradients import LABELS, View, as_rgb
@@ -16,7 +17,6 @@ from monai_synth.experiments.lsdm_sampling import Samples
 from monai_synth.experiments.lsdm_source import Arm, Cases
 from monai_synth.experiments.lsdm_sweeps import RATINGS, Sweeps
 from monai_synth.figures import new_figure, png
-from monai_synth.inference.guidance import MALIGNANCY
 from monai_synth.inference.model import LSDMModel
 from monai_synth.training.pictures import LABEL_COLOURS
 

@@ -3,7 +3,8 @@
 
 At each step the latent around a nodule is cropped and decoded, classifiers read the noisy crop, and the
 gradient of the log-probability of what is asked for goes back into the latent, but only inside the nodule.
-The regressors act first, together; malignancy is then judged on the latent they have moved.
+The regressors act first, together; malignancy is then judged on the latent they have moved. Where one network tells
+all features, all act together, so that a step needs one decoder call and one of that network.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
+from monai_synth.data.semantic import MALIGNANCY
 from monai_synth.data.slices import NODULE_LABEL_MIN
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import latent_window
-
-MALIGNANCY = "malignancy"  # the one feature that is classified; the others are regressed
+from monai_synth.networks.noisy_classifier import FeatureHead
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class NoduleGuidance:
         decoder: frozen decoder of latents (N, c, s, s) into images (N, C, s f, s f). Undoing the latent scale
             is its business. If it is a module its weights are frozen here.
         classifiers: for each feature a network ``(image crop, t (N,)) -> (N, 2)`` logits for "malignancy",
-            ``(N, 1)`` rating for the others. They are set to eval mode and frozen.
+            ``(N, 1)`` rating for the others. They are set to eval mode and frozen. Heads of one network
+            (:class:`monai_synth.networks.FeatureHead`) act together.
         requests: for each sample of the batch the requests of its nodules; may be empty.
         scales: s of each feature (Sec 5.6); 1 where not given. It multiplies the gradient.
         crop_size_latent: s, edge of the crop in latent pixels; 16 is 64 pixels of the image at f = 4.
@@ -101,6 +103,8 @@ class NoduleGuidance:
             decode,
             interval,
         )
+        networks = {id(c.network) if isinstance(c, FeatureHead) else id(c) for c in classifiers.values()}
+        self.shared = len(networks) == 1
         for module in (decoder, *classifiers.values()):
             if isinstance(module, nn.Module):
                 module.eval().requires_grad_(False)
@@ -128,6 +132,8 @@ class NoduleGuidance:
         if self.scale_by == "sigma":  # variance * weight = sigma; a step without variance is not guided
             weight = 1 / math.sqrt(variance) if variance > 0 else 0.0
         z = z_t.detach().float()
+        if self.shared:
+            return weight * self._gradient(z, t, list(self.classifiers))
         regressed = [name for name in self.classifiers if name != MALIGNANCY]
         gradient = weight * self._gradient(z, t, regressed)
         if MALIGNANCY in self.classifiers:
@@ -156,26 +162,35 @@ class NoduleGuidance:
                 images = torch.stack(
                     [_scaled_crop(image, crop, z.shape[2:]) for image, crop in zip(images, crops, strict=True)]
                 )
-            log_p = sum(self._log_p(name, images, t, [request for _, request in nodules]) for name in features)
+            log_p = self._log_p(features, images, t, [request for _, request in nodules])
             (gradients,) = torch.autograd.grad(log_p, latents)
         for (i, request), window, of_nodule in zip(nodules, windows, gradients, strict=True):
             inside = request.region.to(z.device)[window]
             total[(i, slice(None), *window)] += torch.where(inside, of_nodule, 0.0)
         return total
 
-    def _log_p(self, name: str, images: Tensor, t: int, requests: Sequence[NoduleRequest]) -> Tensor:
-        """Scaled log-probability of one feature, summed over the nodules that ask for it."""
-        chosen = [i for i, request in enumerate(requests) if name in request.targets]
-        if not chosen or not self.scales[name]:
-            return images.new_zeros(())
-        timesteps = torch.full((len(chosen),), t, device=images.device)
-        output = self.classifiers[name](images[chosen], timesteps).float()
-        targets = torch.tensor([float(requests[i].targets[name]) for i in chosen], device=output.device)
-        if name == MALIGNANCY:
-            log_p = -F.cross_entropy(output, targets.long(), reduction="sum")
-        else:
-            log_p = -F.mse_loss(output.flatten(), targets, reduction="sum")
-        return self.scales[name] * log_p
+    def _log_p(self, features: Sequence[str], images: Tensor, t: int, requests: Sequence[NoduleRequest]) -> Tensor:
+        """Scaled log-probability of what the nodules ask for, summed; a network of several features runs once."""
+        total, answers = images.new_zeros(()), {}
+        for name in features:
+            chosen = [i for i, request in enumerate(requests) if name in request.targets]
+            if not chosen or not self.scales[name]:
+                continue
+            classifier = self.classifiers[name]
+            if isinstance(classifier, FeatureHead):
+                if classifier.network not in answers:
+                    timesteps = torch.full((len(images),), t, device=images.device)
+                    answers[classifier.network] = classifier.network(images, timesteps).float()
+                output = answers[classifier.network][chosen, classifier.columns]
+            else:
+                output = classifier(images[chosen], torch.full((len(chosen),), t, device=images.device)).float()
+            targets = torch.tensor([float(requests[i].targets[name]) for i in chosen], device=output.device)
+            if name == MALIGNANCY:
+                log_p = -F.cross_entropy(output, targets.long(), reduction="sum")
+            else:
+                log_p = -F.mse_loss(output.flatten(), targets, reduction="sum")
+            total = total + self.scales[name] * log_p
+        return total
 
     def _check(self, z_t: Tensor) -> None:
         if len(self.requests) != len(z_t):

@@ -14,6 +14,7 @@ from torch import nn
 from monai_synth.checkpoint import classifier_file, load_file, require_agreement, restore_network, sha256_of
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec
+from monai_synth.networks.noisy_classifier import FeatureHead, feature_columns
 from monai_synth.precision import check_compile, for_sampling, sampling_precision
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def load_lsdm(
     *,
     model_file: str = "model.pt",
     features: Sequence[str] = (),
+    shared_classifier: bool = False,
     device: str = "cpu",
     precision: str = "float32",
     compile: bool = False,
@@ -58,6 +60,7 @@ def load_lsdm(
             rectified flow ``classifier_<feature>_rflow.pt``.
         model_file: name of the diffusion model's file.
         features: features to guide; their classifiers must be there.
+        shared_classifier: take the one of all features, ``classifier_all.pt``, instead of one for each.
         device: where to sample.
         precision: of the denoiser, see :func:`monai_synth.precision.for_sampling`.
         compile: see there.
@@ -91,29 +94,39 @@ def load_lsdm(
     network, used = for_sampling(restore_network(model, path), precision=precision, device=device, compile=compile)
     loaded = LSDMModel(network, codec.to(device), contract, checkpoints=checkpoints, precision=used)
     shared = ("autoencoder_sha256", "scale_factor", "schedule", "image_size", "factor")
+    files: dict[str, nn.Module] = {}
     for feature in features:
-        name = classifier_file(feature, contract["schedule"])
+        told = "all" if shared_classifier else feature
+        name = classifier_file(told, contract["schedule"])
         if not (folder / name).is_file():
             config = (
                 "['train_classifier.json','rflow.json']" if "flow" in contract["schedule"] else "train_classifier.json"
             )
+            others = "--shared_classifier False" if shared_classifier else "drop it from --features"
             msg = (
                 f"guidance asks for {feature}, but {folder / name} is not there; train it "
-                f"({config} --feature {feature}), or drop it from --features, or give --guidance_scale 0"
+                f"({config} --feature {told}), or {others}, or give --guidance_scale 0"
             )
             raise UserError(msg)
         content = load_file(folder / name, stage="classifier")
         theirs = {key: content["contract"].get(key) for key in shared}
         require_agreement(theirs, {key: contract[key] for key in shared}, f"{folder / name} with {path}", remedy)
-        if content.get("report", {}).get("converged") is False:
+        columns = feature_columns(content["contract"].get("features", [feature]))
+        if feature not in columns:
+            raise UserError(f"{folder / name} tells {', '.join(columns)}, not {feature}; drop it from --features")
+        report = content.get("report", {})
+        report = report.get("features", {feature: report})[feature]
+        if report.get("converged") is False:
             logger.warning(
-                f"the classifier of {feature} did not converge (validation loss {content['report']['val_loss']:.3f}, "
-                f"best constant {content['report']['constant_loss']:.3f}, n {content['report']['n']}): its guidance "
+                f"the classifier of {feature} did not converge (validation loss {report['val_loss']:.3f}, "
+                f"best constant {report['constant_loss']:.3f}, n {report['n']}): its guidance "
                 "moves pixels, but not towards the feature"
             )
-        loaded.classifiers[feature] = restore_network(content, folder / name).to(device)
+        if name not in files:
+            files[name] = restore_network(content, folder / name).to(device)
+            checkpoints[name] = sha256_of(folder / name)
+        loaded.classifiers[feature] = FeatureHead(files[name], columns[feature]) if shared_classifier else files[name]
         loaded.crop_size_latent = content["contract"]["crop_size_latent"]
-        checkpoints[name] = sha256_of(folder / name)
     return loaded
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from monai.networks.layers.factories import Pool
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 
+from monai_synth.data.semantic import MALIGNANCY
+from monai_synth.errors import UserError
 from monai_synth.networks.blocks import BlockSettings, MiddleBlock, conv
 from monai_synth.networks.encoder import check_input, check_levels, encoder, plain_tensor, time_embedding
 
@@ -19,7 +22,8 @@ class NoisyClassifier(nn.Module):
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the image crop.
-        out_channels: 2 for the logits of benign and malignant, 1 for a regression.
+        out_channels: 2 for the logits of benign and malignant, 1 for a regression; of several features together, in
+            the order of :func:`feature_columns`.
         channels: channels of each level, each a multiple of ``norm_num_groups``.
         attention_levels: which levels have attention after each residual block. The middle block always has.
         num_res_blocks: residual blocks of each level.
@@ -27,7 +31,8 @@ class NoisyClassifier(nn.Module):
         norm_num_groups: groups of the normalisations.
         norm_eps: added to the variance in the normalisations.
         use_flash_attention: torch's fused attention.
-        output_bias: initial bias of the output; the middle of a rating scale saves a regressor the way there.
+        output_bias: initial bias of the output, one number or one for each of its channels; the middle of a rating
+            scale saves a regressor the way there.
 
     Raises:
         UserError: if the options do not fit each other.
@@ -46,7 +51,7 @@ class NoisyClassifier(nn.Module):
         norm_num_groups: int = 32,
         norm_eps: float = 1e-6,
         use_flash_attention: bool = True,
-        output_bias: float = 0.0,
+        output_bias: float | Sequence[float] = 0.0,
     ) -> None:
         super().__init__()
         res_blocks, heads = check_levels(channels, attention_levels, num_res_blocks, num_head_channels, norm_num_groups)
@@ -69,7 +74,13 @@ class NoisyClassifier(nn.Module):
             nn.Flatten(),
             nn.Linear(channels[-1], out_channels),
         )
-        nn.init.constant_(self.out[-1].bias, output_bias)
+        bias = torch.as_tensor(output_bias, dtype=torch.float32)
+        if bias.ndim and len(bias) != out_channels:
+            raise UserError(
+                f"output_bias has {len(bias)} numbers for {out_channels} output channels; give as many"
+            )
+        with torch.no_grad():
+            self.out[-1].bias.copy_(bias)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Classify noisy crops.
@@ -89,3 +100,30 @@ class NoisyClassifier(nn.Module):
         for block in self.down_blocks:
             h, _ = block(h, emb, conditions)
         return self.out(self.middle_block(h, emb, conditions))
+
+
+def feature_columns(features: Sequence[str]) -> dict[str, slice]:
+    """Output channels of each feature of a classifier: two for malignancy (logits), one for a rating."""
+    columns, start = {}, 0
+    for feature in features:
+        stop = start + (2 if feature == MALIGNANCY else 1)
+        columns[feature] = slice(start, stop)
+        start = stop
+    return columns
+
+
+class FeatureHead(nn.Module):
+    """One feature's answer of a classifier that tells several at once.
+
+    Args:
+        network: ``(x, timesteps) -> (B, C)``; heads of one network share it, so that it need run only once for all.
+        columns: of the answer.
+    """
+
+    def __init__(self, network: nn.Module, columns: slice) -> None:
+        super().__init__()
+        self.network, self.columns = network, columns
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Logits (B, 2) of malignancy, or the rating (B, 1)."""
+        return self.network(x, timesteps)[:, self.columns]

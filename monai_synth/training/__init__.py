@@ -20,7 +20,14 @@ from monai_synth.training.classes import (
     flipped_batch,
     iterations_for,
 )
-from monai_synth.training.classifier import ConvergenceReport, classifier_loss, initial_output, is_classification
+from monai_synth.training.classifier import (
+    ConvergenceReport,
+    classifier_loss,
+    initial_output,
+    is_classification,
+    num_outputs,
+    told_features,
+)
 from monai_synth.training.dreambooth import (
     InstancePrepareBatch,
     PriorPreservationLoss,
@@ -138,6 +145,7 @@ __all__ = [
     "load_expert",
     "lr_decay",
     "normalisation",
+    "num_outputs",
     "num_real",
     "pair_list",
     "pair_preprocessing",
@@ -147,6 +155,7 @@ __all__ = [
     "run_training",
     "start_from",
     "text_network",
+    "told_features",
     "training_precision",
     "ttur_rates",
     "weight_schedule",

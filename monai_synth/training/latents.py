@@ -26,11 +26,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from monai_synth.data.datalist import read_dataset
-from monai_synth.data.semantic import FEATURES
+from monai_synth.data.semantic import MALIGNANCY
 from monai_synth.data.slices import collapse_nodules, one_hot, slice_preprocessing
 from monai_synth.errors import UserError
 from monai_synth.networks.latent_codec import LatentCodec, latent_window
 from monai_synth.networks.spade import pool_semantic
+from monai_synth.training.classifier import told_features
 
 logger = logging.getLogger(__name__)
 
@@ -181,15 +182,9 @@ class LatentDataset(torch.utils.data.Dataset):
         return item
 
 
-def nodule_target(nodule: Mapping[str, Any], feature: str) -> float:
-    """Binary malignancy (0 for ratings <= 2, else 1; thesis Sec 3.4.1) or the rating of another feature.
-
-    Raises:
-        UserError: a feature that LIDC does not rate.
-    """
-    if feature not in FEATURES:
-        raise UserError(f"unknown nodule feature {feature!r}; allowed are {', '.join(FEATURES)}")
-    return float(nodule["malignant"] if feature == "malignancy" else nodule[feature])
+def nodule_targets(nodule: Mapping[str, Any], features: Sequence[str]) -> list[float]:
+    """Binary malignancy (0 for ratings <= 2, else 1; thesis Sec 3.4.1) and the ratings of other features."""
+    return [float(nodule["malignant" if feature == MALIGNANCY else feature]) for feature in features]
 
 
 class NoduleCropDataset(torch.utils.data.Dataset):
@@ -199,11 +194,11 @@ class NoduleCropDataset(torch.utils.data.Dataset):
 
     Args:
         cache: the arrays.
-        feature: one of LIDC's nine; ``malignancy`` becomes binary.
+        feature: one of LIDC's nine; ``malignancy`` becomes binary. "all" gives the four that guide together.
         crop_size: side of the crop in latent pixels (16 for 64 image pixels at f = 4).
         jitter: largest random shift in latent pixels, drawn from torch's global generator; 0 for validation.
 
-    Items: ``mean``, ``std`` (c, k, k), ``target``, ``index``.
+    Items: ``mean``, ``std`` (c, k, k), ``target`` (a number, or one of each feature), ``index``.
 
     Raises:
         UserError: unknown feature, or no nodule in the split.
@@ -213,7 +208,8 @@ class NoduleCropDataset(torch.utils.data.Dataset):
         self.cache = cache
         self.crop_size = crop_size
         self.jitter = jitter
-        self.items: list[tuple[int, int, int, float]] = []
+        self.items: list[tuple[int, int, int, list[float]]] = []
+        features = told_features(feature)
         for case_index, case in enumerate(cache.cases):
             nodules = case.get("nodules", [])
             if not nodules:
@@ -228,7 +224,7 @@ class NoduleCropDataset(torch.utils.data.Dataset):
                 row, col = nodule["center"]
                 window = latent_window(((row + 0.5) * h / height, (col + 0.5) * w / width), crop_size, (h, w))
                 top, left = (axis.start for axis in window)
-                self.items.append((case_index, top, left, nodule_target(nodule, feature)))
+                self.items.append((case_index, top, left, nodule_targets(nodule, features)))
         if not self.items and cache.split == "training":
             msg = (
                 f"split {cache.split!r} has no nodule of at least 3 mm, so there is nothing to learn {feature} from; "
@@ -243,13 +239,17 @@ class NoduleCropDataset(torch.utils.data.Dataset):
 
     @property
     def targets(self) -> np.ndarray:
-        """Target of every item."""
-        return np.array([item[3] for item in self.items])
+        """Target of every item (N,), of several features (N, number of features)."""
+        targets = np.array([item[3] for item in self.items])
+        return targets[:, 0] if targets.shape[1] == 1 else targets
 
     def balanced_weights(self) -> list[float]:
-        """Weights with which every label is drawn equally often (thesis Sec 4.2)."""
-        labels, inverse, counts = np.unique(self.targets, return_inverse=True, return_counts=True)
-        return (1.0 / (len(labels) * counts[inverse])).tolist()
+        """Weights with which every label is drawn equally often (thesis Sec 4.2); of several features their mean."""
+        weights = []
+        for column in np.array([item[3] for item in self.items]).T:
+            labels, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)
+            weights.append(1.0 / (len(labels) * counts[inverse]))
+        return np.mean(weights, axis=0).tolist()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -263,4 +263,4 @@ class NoduleCropDataset(torch.utils.data.Dataset):
             left = min(max(left + shift[1], 0), w - self.crop_size)
         window = (slice(None), slice(top, top + self.crop_size), slice(left, left + self.crop_size))
         item = {n: torch.from_numpy(np.array(self.cache.arrays[n][case_index][window])) for n in ("mean", "std")}
-        return item | {"target": target, "index": index}
+        return item | {"target": target[0] if len(target) == 1 else torch.tensor(target), "index": index}

@@ -124,12 +124,12 @@ class LatentDiffusionPrepareBatch(NoisyPrepareBatch):
 class NoisyCropPrepareBatch(NoisyPrepareBatch):
     """Latent crops at nodules -> (D(z_t), target, (), {timesteps}) for a noisy classifier (thesis Sec 3.4, Fig 3.4).
 
-    The batch holds ``mean``, ``std`` (B, c, k, k) unscaled, ``target`` (B,), ``index`` (B,).
+    The batch holds ``mean``, ``std`` (B, c, k, k) unscaled, ``target`` (B,) or (B, features), ``index`` (B,).
 
     Args:
         schedule: noise schedule, the same as the diffusion model's.
         codec: frozen decoder with the scale factor.
-        classification: targets are class numbers (long) rather than ratings (float, (B, 1)).
+        classification: targets are class numbers (long) rather than numbers (float, (B, features)).
         seed: see :class:`NoisyPrepareBatch`.
     """
 
@@ -157,5 +157,5 @@ class NoisyCropPrepareBatch(NoisyPrepareBatch):
         target = batchdata["target"].to(device)
         _, z_t, _, t = self.noisy_latents(mean, std, batchdata["index"], self.codec.scale_factor)
         x_t = self.codec.decode(z_t)
-        target = target.long() if self.classification else target.float()[:, None]
+        target = target.long() if self.classification else target.float().reshape(len(target), -1)
         return x_t, target, (), {"timesteps": t}
