@@ -149,9 +149,7 @@ def test_the_shared_classifier_is_loaded_once_and_read_by_every_feature(
 
 
 def test_a_shared_classifier_that_is_missing_or_does_not_tell_the_feature_is_refused(models: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"classifier_all.pt tells malignancy, lobulation, .*, not margin"
-    ):
+    with pytest.raises(UserError, match=r"classifier_all.pt tells malignancy, lobulation, .*, not margin"):
         load_lsdm(models, features=["margin"], shared_classifier=True)
     (models / "classifier_all.pt").unlink()
     with pytest.raises(UserError, match=r"--feature all\), or --shared_classifier False"):

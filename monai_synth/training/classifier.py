@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the classifier of malignancy, the regressors of the other features, and one network for several."""
+"""What differs between the classifier of malignancy, the regressors of other features, and one network for several."""
 
 from __future__ import annotations
 
