@@ -16,7 +16,14 @@ import torch
 from monai.networks.schedulers import DDPMScheduler
 
 from monai_synth.checkpoint import load_file, restore_network, save_atomic, sha256_of, trained_file
-from monai_synth.convert.contracts import BUNDLES, autoencoder_contract, class_contract, lsdm_contract, pair_contract
+from monai_synth.convert.contracts import (
+    BUNDLES,
+    ImageNetwork,
+    autoencoder_contract,
+    class_contract,
+    lsdm_contract,
+    pair_contract,
+)
 from monai_synth.convert.source import NetworkText, network_text, read_text, read_weights, schedule_text
 from monai_synth.convert.verify import Comparison, compare
 from monai_synth.convert.weights import converted_network, own_arch
@@ -143,7 +150,7 @@ def _contract(settings: Settings, text: NetworkText, out: Path) -> tuple[str, di
         )
         return "diffusion", contract, extra
     make = class_contract if bundle == "cfg_ddpm" else pair_contract
-    return "diffusion", make(text, dataset, schedule=schedule, **sizes), 0
+    return "diffusion", make(ImageNetwork(text, dataset, schedule, **sizes)), 0
 
 
 def _dataset(settings: Settings, text: NetworkText) -> PreparedDataset:

@@ -7,6 +7,7 @@ The task of the dataset decides the bundle: ``lidc`` lsdm, ``classes`` cfg_ddpm,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +111,34 @@ def lsdm_contract(
     return contract, 2 * c - args["in_channels"]
 
 
-def class_contract(
-    text: NetworkText,
-    dataset: PreparedDataset,
-    *,
-    schedule: Mapping[str, Any],
-    image_size: Sequence[int] | None,
-    value_range: Sequence[float],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ImageNetwork:
+    """What the contract of a denoiser of images is made from.
+
+    Attributes:
+        text: the network.
+        dataset: that it was trained on, or one like it.
+        schedule: of the noise.
+        image_size: of its training; None is the dataset's.
+        value_range: of the images that it was trained on.
+    """
+
+    text: NetworkText
+    dataset: PreparedDataset
+    schedule: Mapping[str, Any]
+    image_size: Sequence[int] | None
+    value_range: Sequence[float]
+
+
+def class_contract(given: ImageNetwork) -> dict[str, Any]:
     """Contract of ``model.pt`` of the bundle cfg_ddpm.
 
     Raises:
         UserError: the network does not fit the dataset or the bundle.
     """
-    args, channels, classes = text.args, dataset.content["image_channels"], dataset.classes
-    _require_plain(text, "cfg_ddpm")
+    args, dataset = given.text.args, given.dataset
+    channels, classes = dataset.content["image_channels"], dataset.classes
+    _require_plain(given.text, "cfg_ddpm")
     _require_channels(args, channels, f"images of {dataset.name} have {channels}")
     got, needed = args["num_class_embeds"], len(classes) + 1
     _require(
@@ -134,13 +148,13 @@ def class_contract(
     )
     return {
         "bundle": "cfg_ddpm",
-        "image_size": _size(dataset, image_size, args["spatial_dims"]),
+        "image_size": _size(dataset, given.image_size, args["spatial_dims"]),
         "image_channels": channels,
         "classes": classes,
         "modality": dataset.content["modality"],
         "intensity": dataset.content["intensity"],
-        "value_range": _pm1(value_range, "cfg_ddpm"),
-        "schedule": dict(schedule),
+        "value_range": _pm1(given.value_range, "cfg_ddpm"),
+        "schedule": dict(given.schedule),
         "drop_prob": None,
         "loss": None,
         "class_sampling": None,
@@ -149,39 +163,33 @@ def class_contract(
     }
 
 
-def pair_contract(
-    text: NetworkText,
-    dataset: PreparedDataset,
-    *,
-    schedule: Mapping[str, Any],
-    image_size: Sequence[int] | None,
-    value_range: Sequence[float],
-) -> dict[str, Any]:
+def pair_contract(given: ImageNetwork) -> dict[str, Any]:
     """Contract of ``model.pt`` of the bundle jdm.
 
     Raises:
         UserError: the network does not fit the dataset or the bundle.
     """
-    args, channels = text.args, dataset.content["image_channels"]
+    args, dataset = given.text.args, given.dataset
+    channels = dataset.content["image_channels"]
     together = channels + len(dataset.labels) - 1
-    _require_plain(text, "jdm")
+    _require_plain(given.text, "jdm")
     _require(args["num_class_embeds"] is None, "the network wants classes, which the bundle jdm does not give")
     _require_channels(
         args, together, f"image and label maps of {dataset.name} have {together} (a channel for each label but the "
         "background, after those of the image)",
     )  # fmt: skip
-    size = _size(dataset, image_size, args["spatial_dims"])
+    size = _size(dataset, given.image_size, args["spatial_dims"])
     return {
         "bundle": "jdm",
         "image_size": size,
         "image_channels": channels,
         "channel_names": dataset.content["channel_names"],
         "labels": dataset.labels,
-        "value_range": list(check_value_range(value_range)),
+        "value_range": list(check_value_range(given.value_range)),
         "intensity": dataset.content["intensity"],
         "file_ending": dataset.content["file_ending"],
         "spacing": pair_spacing(dataset.indexed("training"), size, None),
-        "schedule": dict(schedule),
+        "schedule": dict(given.schedule),
         "learned_variance": False,
         "patches": {"random": False, "scale": None, "flips": False},
         "num_real": num_real(dataset),
