@@ -14,6 +14,7 @@ import lsdm_toy
 import pytest
 import torch
 from bundle_runs import user_error
+from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from monai_synth import precision
@@ -308,3 +309,24 @@ def test_a_run_that_goes_on_in_another_precision_is_refused(models, tmp_path):
 def test_wrong_values_end_in_one_message_and_write_nothing(models, tmp_path, values, message):
     assert message in str(user_error(lambda: sampled(models, tmp_path / "out", **values)))
     assert not (tmp_path / "out").exists()
+
+
+# Attention.
+
+
+@pytest.mark.parametrize("kind", ["spade", "joint", "class"])
+def test_every_attention_of_a_denoiser_is_pytorchs_fused_one(kind):
+    flags = [m.use_flash_attention for m in denoiser(kind).modules() if hasattr(m, "use_flash_attention")]
+    assert flags
+    assert all(flags)
+
+
+def test_the_autoencoders_attention_is_pytorchs_fused_one_also_in_the_middle():
+    config = json.loads((bundle_runs.BUNDLES / "lsdm" / "configs" / "train_autoencoder.json").read_text())
+    given = {k: v for k, v in config["network_arch"]["args"].items() if isinstance(v, bool)}
+    network = AutoencoderKL(
+        2, 1, 1, num_res_blocks=(1, 1), channels=(8, 8), attention_levels=(False, True), norm_num_groups=4, **given
+    )
+    flags = [m.use_flash_attention for m in network.modules() if hasattr(m, "use_flash_attention")]
+    assert len(flags) >= 4
+    assert all(flags)
