@@ -196,7 +196,7 @@ def _alike(content: Mapping[str, Any]) -> tuple[str, str]:
     measured = any(number["ci"] for _, number in kernels)
     text = f"They can be told from {other} images by more than chance." if apart else (
         f"They cannot be told from {other} images with so many images and these features."
-        if measured else f"There are too few {other} images to say."
+        if measured else "There are too few images to say."
     )  # fmt: skip
     for key, number in _metrics(entry, "fid", "frechet"):
         text += f" {meaning(key)[0].rstrip(' ↓')}: {shown(key, number['value'], 3)}"
@@ -221,8 +221,9 @@ def _varied(content: Mapping[str, Any]) -> tuple[str, str]:
         reference = ceiling and ceiling["metrics"].get(key)
         if reference and reference["value"] is not None:
             text += f"; between two sets of real images it is {reference['value']:.0%} (recall)."
-            less = reference["value"] - number["value"]
-            tone = "poor" if less > max(_reach(reference, number), 0.05) else "good"
+            if reference["ci"] and number["ci"]:
+                less = reference["value"] - number["value"]
+                tone = "poor" if less > max(_reach(reference, number), 0.05) else "good"
         else:
             text += "."
     made, real = (content["sets"][k].get("within", {}).get("ms_ssim") for k in ("synthetic", "real_train"))
@@ -232,12 +233,14 @@ def _varied(content: Mapping[str, Any]) -> tuple[str, str]:
         )
         gap = made["value"] - real["value"]
         reach = _reach(made, real)
-        if gap > reach:
+        if not (made["ci"] and real["ci"]):
+            text += "too few to compare."
+        elif gap > reach:
             text += "the synthetic set repeats itself more."
             tone = "poor"
         else:
             text += "no less varied." if gap >= -reach else "more varied, which can also be noise."
-            tone = tone or ("good" if made["ci"] and real["ci"] else "")
+            tone = tone or "good"
     return text.strip() or "Not measured: the images are too small, or too few.", tone
 
 
@@ -253,9 +256,13 @@ def _paired(content: Mapping[str, Any]) -> tuple[str, str]:
         for key, r in paired["metrics"].items()
         if r["value"] is not None and r.get("sd") is not None
     ]
+    of = f"{paired['n']} image{'s' * (paired['n'] != 1)} of {paired['num_patients']} "
+    of += f"patient{'s' * (paired['num_patients'] != 1)}"
+    if not parts:
+        return f"There are too few pairs to say: {of}.", ""
     ceiling = _entry(content, "real_train", "real_test")
     other = ceiling and ceiling["metrics"].get("ssim", {}).get("value")
-    text = f"{', '.join(parts)} (mean ± sd of {paired['n']} images of {paired['num_patients']} patients)."
+    text = f"{', '.join(parts)} (mean ± sd of {of})."
     return text + (f" Two real images of different cases: SSIM {other:.3f}." if other is not None else ""), ""
 
 
@@ -288,11 +295,13 @@ def _hu(content: Mapping[str, Any]) -> tuple[str, str]:
 
 def _masks(content: Mapping[str, Any]) -> tuple[str, str]:
     entry, _ = _main(content)
+    absent = absent_labels(content)
     rows = {
         f"{name}: {key}".replace("_", " "): row["mean_difference"]
         for name, found in entry.get("masks", {}).items()
         for key, row in found.items()
-        if row["mean_difference"]["standard_error"]
+        # a standard error of 0 is that of a set whose values are all equal
+        if name not in absent and row["mean_difference"]["standard_error"] is not None
     }
     num = len(rows)
     sure = float(stats.norm.ppf(1 - 0.025 / max(1, num)))  # all together are wrong in 5 of 100 reports
