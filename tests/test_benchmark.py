@@ -145,6 +145,10 @@ class TestEqualWork:
         counts = {library: parameters_of(unet(library, **shape)) for library in ("ours", "MONAI", "diffusers")}
         assert len(set(counts.values())) == 1, counts
 
+    def test_the_anchor_shape_has_the_parameters_that_were_measured_by_hand(self) -> None:
+        shape = {**joint.MINI, "base": 32, "size": 64, "attention": (8, 4)}
+        assert parameters_of(unet("ours", **shape)) == 7_211_848
+
     def test_our_network_computes_what_monais_does(self) -> None:
         theirs = randomize(unet("MONAI", **SHAPE))
         ours = unet("ours", **SHAPE)

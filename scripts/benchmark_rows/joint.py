@@ -78,10 +78,10 @@ def _training_rows(run: Run, key: str, goals: dict[str, float], batch: int, shap
 
 @rows_of(
     "jdm-train",
-    full={**MINI, "base": 64, "size": 64, "attention": (4, 2), "batch": 2},
-    quick={**MINI, "base": 32, "size": 64, "attention": (4, 2), "batch": 2},
+    full={**MINI, "base": 64, "size": 64, "attention": (8, 4), "batch": 2},
+    quick={**MINI, "base": 32, "size": 64, "attention": (8, 4), "batch": 2},
     tiny={**TINY, "batch": 1},
-    gpu={**MINI, "base": 128, "size": 128, "attention": (8, 4), "batch": 32},
+    gpu={**MINI, "base": 128, "size": 128, "attention": (16, 8), "batch": 32},
 )
 def jdm_training(run: Run, *, batch: int, **shape: Any) -> list[Row]:
     """A training step with few tokens in attention."""
@@ -102,8 +102,8 @@ def jdm_training_attention(run: Run, *, batch: int, **shape: Any) -> list[Row]:
 
 @rows_of(
     "jdm-call",
-    full={**MINI, "base": 64, "size": 64, "attention": (4, 2), "batch": 4},
-    quick={**MINI, "base": 32, "size": 64, "attention": (4, 2), "batch": 2},
+    full={**MINI, "base": 64, "size": 64, "attention": (8, 4), "batch": 4},
+    quick={**MINI, "base": 32, "size": 64, "attention": (8, 4), "batch": 2},
     tiny={**TINY, "batch": 1},
     gpu={**MINI, "base": 128, "size": 256, "attention": (16, 8), "batch": 10},
 )
@@ -210,7 +210,7 @@ def kept_bytes(network: torch.nn.Module, x: torch.Tensor) -> int:
 
 @rows_of(
     "jdm-checkpointing",
-    full={**MINI, "base": 32, "size": 128, "attention": (8, 4), "batch": 1},
+    full={**MINI, "base": 32, "size": 128, "attention": (16, 8), "batch": 1},
     tiny={**TINY, "batch": 1},
     gpu={**MINI, "base": 128, "size": 256, "attention": (16, 8), "batch": 10},
 )
@@ -257,7 +257,7 @@ def flops_of_step(network: torch.nn.Module, x: torch.Tensor) -> int:
 
 @rows_of(
     "matrix-share",
-    full={**MINI, "base": 64, "size": 64, "attention": (4, 2), "batch": 2, "side": 2048, "bf16": False},
+    full={**MINI, "base": 64, "size": 64, "attention": (8, 4), "batch": 2, "side": 2048, "bf16": False},
     tiny={**TINY, "batch": 1, "side": 64, "bf16": False},
     gpu={**MINI, "base": 128, "size": 256, "attention": (16, 8), "batch": 32, "side": 8192, "bf16": True},
 )
