@@ -13,6 +13,7 @@
     python scripts/benchmark.py --pairs FOLDER LABEL    # import of SRC/images and SRC/masks
     python scripts/benchmark.py --first-command lsdm    # train.json of a bundle on its phantom (minutes)
     python scripts/benchmark.py --alignment             # training step of cfg_ddpm and of fad, plain and aligned
+    python scripts/benchmark.py --sizes 1000 10000 100000   # data work against the number of images
 
 Times are process times (all threads of this process and of its children) where a row does not say otherwise; on a GPU
 they are seconds of the clock until its work is done. Ratios are medians over rounds in which all ways take turns. What
@@ -35,12 +36,13 @@ import torch
 from benchmark_rows import jobs, joint, lsdm, quality, scale, spade
 from benchmark_rows.measure import ROWS, Row, Run, cpu_seconds
 from benchmark_rows.report import compare, describe_machine, load, save, table
+from benchmark_rows.size import by_size
 
 from monai_synth.errors import UserError
 
 MODULES = (spade, lsdm, joint, quality, scale)  # importing them has put their rows into ROWS
 logging.getLogger("monai_synth.precision").setLevel(logging.ERROR)  # that a processor is slow in bfloat16 is a row
-JOBS = ("lidc", "xml_zip", "pairs", "first_command", "alignment")
+JOBS = ("lidc", "xml_zip", "pairs", "first_command", "alignment", "sizes")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs=2, metavar=("FOLDER", "LABEL"), help="images and masks to import")
     parser.add_argument("--first-command", metavar="BUNDLE", help="train a bundle on its phantom, e.g. jdm")
     parser.add_argument("--alignment", action="store_true", help="training step with and without an expert")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="cost of data work against N images")
     parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -77,6 +80,8 @@ def run_of(arguments: argparse.Namespace) -> Run:
         if value is not None and value < 1:
             raise UserError(f"--{option} is {value}; give a whole number from 1")
     device = "cuda" if arguments.gpu else arguments.device
+    if any(num < 2 for num in arguments.sizes or ()):
+        raise UserError(f"--sizes is {arguments.sizes}; give whole numbers from 2")
     if device != "cpu" and not torch.cuda.is_available():
         msg = f"--{'gpu' if arguments.gpu else f'device {device}'} needs a GPU that torch can use, and there is none"
         raise UserError(f"{msg} (torch {torch.__version__}); run without it, or install torch for your card")
@@ -121,6 +126,8 @@ def run_jobs(arguments: argparse.Namespace) -> bool:
             for preset in ("demo", "paper"):
                 for backbone in ("resnet18", "resnet50"):
                     jobs.alignment(bundle, preset, backbone, device=arguments.device)
+    if arguments.sizes:
+        by_size(arguments.sizes)
     return any(getattr(arguments, job) for job in (*JOBS, "class_model"))
 
 

@@ -16,7 +16,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "scripts"))
 
-from benchmark_rows import child, joint, measure, quality, report, scale  # noqa: E402
+from benchmark_rows import child, joint, measure, quality, report, scale, size  # noqa: E402
 from benchmark_rows.measure import ROWS, Goal, Row, Run  # noqa: E402
 from benchmark_rows.networks import call, parameters_of, randomize, unet  # noqa: E402
 from benchmark_rows.spade import equal_spade_networks, spade_inputs  # noqa: E402
@@ -366,3 +366,12 @@ class TestCommand:
         environment = child.child_environment()
         assert environment["PYTHONPATH"].startswith(str(REPO / "scripts"))
         assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_cost_is_told_for_each_number_of_images(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--sizes", "4", "8"]) == 0
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [(row[0].strip(), int(row[1])) for row in table[1:]] == [
+        (t, n) for t in size.TITLES.values() for n in (4, 8)
+    ]
+    assert all(float(row[2]) > 0 for row in table[1:])

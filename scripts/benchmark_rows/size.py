@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_rows.child import child_environment, memory_mib
+from monai_synth.errors import UserError
 
 CLASSES = {"normal": 0, "pneumonia": 1}
 SIDE = 28
@@ -96,10 +97,11 @@ def by_size(sizes: Sequence[int]) -> None:
     for num in sizes:
         with tempfile.TemporaryDirectory() as folder:
             for kind in KINDS:
+                print(f"{TITLES[kind]}, {num} images", file=sys.stderr, flush=True)
                 command = [sys.executable, "-m", "benchmark_rows.size", kind, str(num), folder]
-                result = subprocess.run(
-                    command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
-                )
+                result = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
+                if result.returncode:
+                    raise UserError(f"{TITLES[kind]} failed with {num} images: {result.stderr.strip()[-300:]}")
                 found[kind, num] = json.loads(result.stdout.splitlines()[-1])
     for kind, title in TITLES.items():
         for num in sizes:
