@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -368,10 +369,30 @@ class TestCommand:
         assert environment["OMP_NUM_THREADS"] == "1"
 
 
-def test_cost_is_told_for_each_number_of_images(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["--sizes", "4", "8"]) == 0
-    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [(row[0].strip(), int(row[1])) for row in table[1:]] == [
-        (t, n) for t in size.TITLES.values() for n in (4, 8)
+def test_what_was_exported_is_found_again_and_read(tmp_path: Path) -> None:
+    for kind in ("export", "resume", "features", "prepare"):
+        size.KINDS[kind](6, tmp_path)
+    assert len(list((tmp_path / "made").glob("*/*.png"))) == 6
+    assert len((tmp_path / "made" / "provenance.jsonl").read_text().splitlines()) == 6
+    assert len(json.loads((tmp_path / "prepared" / "dataset.json").read_text())["training"]) == 5
+    (tmp_path / "made" / "normal" / "normal_0000002.png").unlink()
+    with pytest.raises(SystemExit, match="some of 6 images are missing"):
+        size.resume(6, tmp_path)
+
+
+def test_cost_is_told_for_each_number_of_images(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def child(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        kind, num = command[3], int(command[4])
+        answer = {"cpu": 0.002 * num, "wall": 0.004 * num, "memory": 100 + num}
+        return subprocess.CompletedProcess(command, int(kind == "none"), json.dumps(answer), "")
+
+    monkeypatch.setattr(size.subprocess, "run", child)
+    assert benchmark.main(["--sizes", "10", "20"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        f"| {title} | {num} | 2.00 | 4.00 | {num - 10} |" for title in size.TITLES.values() for num in (10, 20)
     ]
-    assert all(float(row[2]) > 0 for row in table[1:])
+    with pytest.raises(UserError, match=r"--sizes is \[1\]; give whole numbers from 2"):
+        benchmark.main(["--sizes", "1"])
