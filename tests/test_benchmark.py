@@ -371,13 +371,13 @@ class TestCommand:
 
 def test_what_was_exported_is_found_again_and_read(tmp_path: Path) -> None:
     for kind in ("export", "resume", "features", "prepare"):
-        size.KINDS[kind](6, tmp_path)
-    assert len(list((tmp_path / "made").glob("*/*.png"))) == 6
-    assert len((tmp_path / "made" / "provenance.jsonl").read_text().splitlines()) == 6
-    assert len(json.loads((tmp_path / "prepared" / "dataset.json").read_text())["training"]) == 5
+        size.KINDS[kind](80, tmp_path)
+    assert len(list((tmp_path / "made").glob("*/*.png"))) == 80
+    assert len((tmp_path / "made" / "provenance.jsonl").read_text().splitlines()) == 80
+    assert len(json.loads((tmp_path / "prepared" / "dataset.json").read_text())["training"]) == 64
     (tmp_path / "made" / "normal" / "normal_0000002.png").unlink()
-    with pytest.raises(SystemExit, match="some of 6 images are missing"):
-        size.resume(6, tmp_path)
+    with pytest.raises(SystemExit, match="some of 80 images are missing"):
+        size.resume(80, tmp_path)
 
 
 def test_cost_is_told_for_each_number_of_images(
