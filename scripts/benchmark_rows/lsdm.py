@@ -170,8 +170,8 @@ def lsdm_sampling(run: Run, *, batch: int, steps: int, guided_steps: int, **shap
         work = f"LSDM, 32 cases of {size} x {size}, " + ("all four classifiers" if guided else "without guidance")
         note = (
             f"ours: {CALLS} calls of dpm++ (the bundle's default) with SPADE cache, map encoded and image decoded, "
-            f"{batch} cases timed; the slow form: {TEXT_STEPS} ancestral steps in float32 without cache, {timed} of them "
-            "timed and scaled, encoding and decoding left out in its favour; that the quality is equal is not shown "
+            f"{batch} cases timed; the slow form: {TEXT_STEPS} ancestral steps in float32 without cache, {timed} of "
+            "them timed and scaled, encoding and decoding left out in its favour; that the quality is equal is not shown "
             "here but by the tables of the bundle's docs and the solver rows"
         )
         if guided:
