@@ -171,8 +171,8 @@ def lsdm_sampling(run: Run, *, batch: int, steps: int, guided_steps: int, **shap
         note = (
             f"ours: {CALLS} calls of dpm++ (the bundle's default) with SPADE cache, map encoded and image decoded, "
             f"{batch} cases timed; the slow form: {TEXT_STEPS} ancestral steps in float32 without cache, {timed} of "
-            "them timed and scaled, encoding and decoding left out in its favour; that the quality is equal is not shown "
-            "here but by the tables of the bundle's docs and the solver rows"
+            "them timed and scaled, encoding and decoding left out in its favour; that the quality is equal is shown "
+            "by the table in the bundle's docs and the solver rows, not here"
         )
         if guided:
             note += "; naive guidance decodes the full map once per classifier and step"
