@@ -115,9 +115,7 @@ def test_balanced_weights_draw_every_label_alike(tiny_dataset: Path, codec: Late
     assert weights[crops.targets == 1].sum() == pytest.approx(0.5)
 
 
-def test_the_guiding_features_are_told_of_each_crop(
-    tiny_dataset: Path, codec: LatentCodec, tmp_path: Path
-) -> None:
+def test_the_guiding_features_are_told_of_each_crop(tiny_dataset: Path, codec: LatentCodec, tmp_path: Path) -> None:
     cache = make_cache(tiny_dataset, codec, tmp_path)
     crops = NoduleCropDataset(cache, "all", crop_size=8)
     alone = [NoduleCropDataset(cache, feature, crop_size=8) for feature in GUIDING_FEATURES]

@@ -76,9 +76,7 @@ class NoisyClassifier(nn.Module):
         )
         bias = torch.as_tensor(output_bias, dtype=torch.float32)
         if bias.ndim and len(bias) != out_channels:
-            raise UserError(
-                f"output_bias has {len(bias)} numbers for {out_channels} output channels; give as many"
-            )
+            raise UserError(f"output_bias has {len(bias)} numbers for {out_channels} output channels; give as many")
         with torch.no_grad():
             self.out[-1].bias.copy_(bias)
 
