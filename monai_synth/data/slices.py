@@ -150,4 +150,4 @@ def with_random_crops(preprocessing: Compose, crop_size: Sequence[int], num_crop
     if num_crops == 0:
         return preprocessing
     crop = RandSpatialCropSamplesd(keys="image", roi_size=tuple(crop_size), num_samples=num_crops, random_size=False)
-    return Compose([*preprocessing.transforms, crop])
+    return Compose([*preprocessing.transforms, crop, EnsureTyped(keys="image", track_meta=False)])
