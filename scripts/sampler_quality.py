@@ -72,11 +72,10 @@ def written(out: Path) -> CaseSet:
     return read_case_set(inside[0] if inside else out / "run", option="--out")
 
 
-def pictures(cases: CaseSet) -> np.ndarray:
-    """(N, P) grey values 0 to 1 of all pictures, shrunk to `SIDE`, in the order of the case ids."""
-    size = None if max(cases.size) <= SIDE else (SIDE, SIDE)
+def pictures(cases: CaseSet, size: tuple[int, int]) -> np.ndarray:
+    """(N, P) grey values 0 to 1 of all pictures at one size, in the order of the case ids."""
     order = np.argsort([case.case_id for case in cases.cases])
-    return np.stack([cases.picture(int(i), size).ravel() / 255 for i in order])
+    return np.stack([cases.picture(int(i), size if cases.size != size else None).ravel() / 255 for i in order])
 
 
 def main() -> int:
@@ -94,13 +93,17 @@ def main() -> int:
     args, extra = parser.parse_args(given[:cut]), given[cut + 1 :]
     arms = [(name, int(steps)) for name, _, steps in (arm.partition(":") for arm in args.samplers.split(","))]
     try:
-        train = pictures(read_case_set(args.real, option="--real", split="training", max_cases=2000))
-        test = pictures(read_case_set(args.real, option="--real", split="test"))
-        made = {}
+        real = read_case_set(args.real, option="--real", split="training", max_cases=2000)
+        unseen = read_case_set(args.real, option="--real", split="test")
+        made: dict[tuple[str, int], tuple[CaseSet, float]] = {}
         for name, steps in arms:
             print(f"{name}, {steps} steps", file=sys.stderr, flush=True)
             measured = sample(args.bundle, name, steps, args.out / f"{name}_{steps}", extra)
-            made[name, steps] = (pictures(written(args.out / f"{name}_{steps}")), measured["cpu_s"])
+            made[name, steps] = (written(args.out / f"{name}_{steps}"), measured["cpu_s"])
+        height, width = made[arms[0]][0].size
+        size = (min(height, SIDE), min(width, SIDE))
+        train, test = pictures(real, size), pictures(unseen, size)
+        drawn = {arm: pictures(cases, size) for arm, (cases, _) in made.items()}
     except UserError as error:
         sys.exit(f"sampler_quality: error: {error}")
 
@@ -113,20 +116,20 @@ def main() -> int:
         interval = f" [{100 * ci[0] / variance:.2f}, {100 * ci[1] / variance:.2f}]" if ci else ""
         return value, f"{value:.2f}{interval}"
 
-    reference = made[arms[-1]][0]
-    first = distance(made[arms[0]][0])[0]
+    reference = drawn[arms[-1]]
+    first = distance(drawn[arms[0]])[0]
     share = 100 * pca.explained_variance_ratio_.sum()
     print(f"n = {len(reference)} images, {len(train)} real training and {len(test)} real test images,")
     print(f"{pca.n_components_} components ({share:.0f} % of the variance)\n")
     print(f"| sampler | calls | distance, % | to {arms[0][0]} {arms[0][1]} | off the path, % | CPU s an image |")
     print("|---|---|---|---|---|---|")
     print(f"| real test images | | {distance(test)[1]} | | | |")
-    for (name, steps), (x, seconds) in made.items():
+    for (name, steps), x in drawn.items():
         value, text = distance(x)
         path = (
             "" if name == "ddpm" or (name, steps) == arms[-1] else f"{100 * np.sqrt(np.mean((x - reference) ** 2)):.2f}"
         )
-        print(f"| {name} | {steps} | {text} | {value / first:.2f} | {path} | {seconds / len(x):.2f} |")
+        print(f"| {name} | {steps} | {text} | {value / first:.2f} | {path} | {made[name, steps][1] / len(x):.2f} |")
     return 0
 
 
