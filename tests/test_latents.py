@@ -124,6 +124,15 @@ def test_the_guiding_features_are_told_of_each_crop(tiny_dataset: Path, codec: L
     np.testing.assert_allclose(crops.balanced_weights(), np.mean([c.balanced_weights() for c in alone], axis=0))
 
 
+@pytest.mark.parametrize("feature", ["texture", "all"])
+def test_a_held_out_split_without_nodules_has_no_targets(
+    tiny_dataset: Path, codec: LatentCodec, tmp_path: Path, feature: str
+) -> None:
+    cache = make_cache(tiny_dataset, codec, tmp_path)
+    cache.split, cache.cases = "validation", []
+    assert NoduleCropDataset(cache, feature, crop_size=8).targets.tolist() == []
+
+
 def test_features_that_lidc_does_not_rate_and_crops_that_do_not_fit_are_refused(
     tiny_dataset: Path, codec: LatentCodec, tmp_path: Path
 ) -> None:

@@ -241,12 +241,12 @@ class NoduleCropDataset(torch.utils.data.Dataset):
     def targets(self) -> np.ndarray:
         """Target of every item (N,), of several features (N, number of features)."""
         targets = np.array([item[3] for item in self.items])
-        return targets[:, 0] if targets.shape[1] == 1 else targets
+        return targets.ravel() if targets.size == len(self.items) else targets
 
     def balanced_weights(self) -> list[float]:
         """Weights with which every label is drawn equally often (thesis Sec 4.2); of several features their mean."""
         weights = []
-        for column in np.array([item[3] for item in self.items]).T:
+        for column in self.targets.reshape(len(self.items), -1).T:
             labels, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)
             weights.append(1.0 / (len(labels) * counts[inverse]))
         return np.mean(weights, axis=0).tolist()

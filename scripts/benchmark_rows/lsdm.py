@@ -23,8 +23,8 @@ from benchmark_rows.spade import (
     spade_inputs,
     spade_network,
 )
+from monai_synth.data.semantic import GUIDING_FEATURES as FEATURES
 
-FEATURES = ("malignancy", "lobulation", "spiculation", "texture")
 TEXT_STEPS = 1000
 CONFIG = Path(__file__).resolve().parents[2] / "bundles" / "lsdm" / "configs" / "inference.json"
 CALLS = json.loads(CONFIG.read_text(encoding="utf-8"))["num_steps"]  # the bundle's default
