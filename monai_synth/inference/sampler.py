@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,21 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t, t (B,) long) -> what the 
 Guidance = Callable[[Tensor, int, float], Tensor]  # (x_t, t, variance) -> gradient of log p with respect to x_t
 Replace = Callable[[Tensor, int], Tensor]  # (x_{t_prev}, t_prev) -> x_{t_prev}
 Callback = Callable[[int, int, Tensor], None]  # (number of the step, t_prev, x_{t_prev})
+
+_watcher: ContextVar[Callback | None] = ContextVar("watcher of sampling", default=None)
+
+
+@contextmanager
+def watched(callback: Callback) -> Iterator[None]:
+    """Within, every :func:`sample` of this thread calls back after each step; what it raises ends the sampling.
+
+    So whoever started an inferer can show progress and cancel, and no inferer has to hand a callback through.
+    """
+    token = _watcher.set(callback)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -154,8 +171,9 @@ def sample(
                     x = x + variance * gradient
                 if replace is not None:
                     x = replace(x, t_prev)
-            if callback is not None:
-                callback(number, t_prev, x)
+            for call in (callback, _watcher.get()):
+                if call is not None:
+                    call(number, t_prev, x)
     return x
 
 

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user uploads: believed only after its type, its size and its content were checked."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+
+from monai_synth.atomic import write_bytes
+from monai_synth.data.pair_files import resize_label
+from monai_synth.data.semantic import LABELS
+from monai_synth.data.slices import check_labels, resize_semantic
+from monai_synth.errors import UserError
+from monai_synth.inference.pairs import read_given_mask
+
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 2**24  # 4096 x 4096; a small file can hold many more
+
+_MAGIC = {".png": (b"\x89PNG\r\n\x1a\n",), ".nii.gz": (b"\x1f\x8b",), ".nii": (struct.pack("<i", 348), b"\0\0\1\x5c")}
+
+
+def read_map(
+    path: str | Path, folder: Path, *, labels: Mapping[str, int], size: Sequence[int], resize: bool = False
+) -> np.ndarray:
+    """The label map of an uploaded file.
+
+    Args:
+        path: where the server put the file; its name is the user's, and is used for its ending and messages only.
+        folder: of the session; the file is read from a copy there whose name is ours.
+        labels: the model's.
+        size: (H, W) of the model.
+        resize: take a map of another size; nodules are kept, see ``resize_semantic``.
+
+    Returns:
+        uint8 (H, W) of the model's size.
+
+    Raises:
+        UserError: another type, too large, damaged, unknown labels, or of another size without ``resize``.
+    """
+    name = Path(path).name
+    copy = _copied(Path(path), folder)
+    try:
+        array = read_given_mask(copy, 2, len(labels))
+    except UserError as error:
+        raise UserError(str(error).replace(str(copy), repr(name))) from error
+    finally:
+        copy.unlink(missing_ok=True)
+    if not np.isfinite(array).all():
+        raise UserError(f"{name!r} holds NaN or infinite values; label maps hold the integers 0..{len(labels) - 1}")
+    check_labels(array, len(labels), repr(name))
+    label = array.astype(np.uint8)
+    if label.shape == tuple(size):
+        return label
+    if not resize:
+        got, wanted = ("x".join(map(str, shape)) for shape in (label.shape, size))
+        raise UserError(f"{name!r} is {got}, the model makes {wanted}; tick 'resize', or give a map of that size")
+    if dict(labels) == LABELS:
+        return resize_semantic(torch.from_numpy(label), tuple(size)).numpy()
+    return resize_label(label, size, len(labels))
+
+
+def ending_of(name: str) -> str:
+    """Ending of a file's name, in lower case.
+
+    Raises:
+        UserError: it is none of those that are read.
+    """
+    for ending in (".nii.gz", ".nii", ".png"):
+        if name.lower().endswith(ending):
+            return ending
+    raise UserError(f"{name!r} is no PNG or NIfTI file; allowed are the endings {', '.join(_MAGIC)}")
+
+
+def _copied(path: Path, folder: Path) -> Path:
+    """A copy within the session's folder, once ending, bytes and pixels are allowed."""
+    ending, name = ending_of(path.name), repr(path.name)
+    try:
+        bytes_ = path.stat().st_size
+        if bytes_ > MAX_BYTES:
+            raise UserError(
+                f"{name} has {bytes_ / 2**20:.0f} MB, allowed are {MAX_BYTES // 2**20}; give one map in one file"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}); upload it again") from error
+    if not content.startswith(_MAGIC[ending]):
+        raise UserError(f"{name} is not what its ending {ending} says; give a PNG or a NIfTI file")
+    copy = folder / f"upload{ending}"
+    write_bytes(copy, content)
+    try:
+        pixels = _pixels(copy, ending)
+    except Exception as error:  # pillow and nibabel raise many kinds for damaged files
+        copy.unlink(missing_ok=True)
+        raise UserError(f"{name} is damaged and cannot be read; write it again and upload it") from error
+    if pixels > MAX_PIXELS:
+        copy.unlink(missing_ok=True)
+        raise UserError(f"{name} has {pixels} pixels, allowed are {MAX_PIXELS}; give one two-dimensional map")
+    return copy
+
+
+def _pixels(path: Path, ending: str) -> int:
+    """Pixels that a file says it has; they are not read."""
+    if ending == ".png":
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.width * picture.height
+    return int(np.prod(nib.load(path).shape, dtype=np.int64))
