@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from monai_synth.atomic import write_bytes
-from monai_synth.data.pair_files import resize_label
+from monai_synth.data.pair_files import read_image, read_label, resize_image, resize_label
 from monai_synth.data.semantic import LABELS
 from monai_synth.data.slices import check_labels, resize_semantic
 from monai_synth.errors import UserError
@@ -60,9 +60,20 @@ def read_map(
     if not resize:
         got, wanted = ("x".join(map(str, shape)) for shape in (label.shape, size))
         raise UserError(f"{name!r} is {got}, the model makes {wanted}; tick 'resize', or give a map of that size")
+    return fitted(label, labels, size)
+
+
+def fitted(label: np.ndarray, labels: Mapping[str, int], size: Sequence[int]) -> np.ndarray:
+    """A map (H, W) at the model's size, as the bundles resize it."""
     if dict(labels) == LABELS:
-        return resize_semantic(torch.from_numpy(label), tuple(size)).numpy()
-    return resize_label(label, size, len(labels))
+        return resize_semantic(torch.from_numpy(label.astype(np.uint8)), tuple(size)).numpy()
+    return resize_label(label.astype(np.uint8), size, len(labels))
+
+
+def read_pair(case: Mapping[str, str], labels: Mapping[str, int], size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Image, uint8 (H, W) or (H, W, 3), and map of a case of a prepared dataset at the model's size."""
+    image = resize_image(read_image(case["image"]), size)
+    return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), fitted(read_label(case["label"]), labels, size)
 
 
 def ending_of(name: str) -> str:

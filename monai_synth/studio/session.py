@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studio's state: models that all users share, and per user a folder, a map, what was made and what is read."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from monai_synth.errors import UserError
+from monai_synth.inference.cases import read_label_file
+from monai_synth.inference.model import LSDMModel, OneFileModel, load_lsdm, load_model
+from monai_synth.studio import maps, uploads
+from monai_synth.studio.jobs import Drawing, Request, make_job
+from monai_synth.studio.places import Place
+from monai_synth.studio.reading import Case, Reading
+from monai_synth.studio.runs import CancelledError, Progress, Run, run_job
+
+MOST_MODELS = 3  # kept in memory
+MOST_CASES = 200  # of a dataset that are offered to readers
+
+
+@dataclass
+class Session:
+    """What one user did.
+
+    Attributes:
+        folder: of this user alone; its name cannot be guessed.
+        drawings: bundle -> its map.
+        runs: bundle -> what was made last.
+        reading: cases that are being read.
+        mark: (row, column) that the reader marked.
+    """
+
+    folder: Path
+    drawings: dict[str, Drawing] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    reading: Reading | None = None
+    mark: tuple[float, float] | None = None
+    _cancel: threading.Event = field(default_factory=threading.Event)
+    _busy: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> None:
+        """Reserve the session for a sampling that will come.
+
+        Raises:
+            UserError: one is waiting or running.
+        """
+        with self._lock:
+            if self._busy:
+                raise UserError("a generation of yours is waiting or running; wait for it, or cancel it")
+            self._busy = True
+            self._cancel.clear()
+
+    def cancel(self) -> bool:
+        """Stop what is waiting or running, at its next step; False where nothing is."""
+        self._cancel.set()
+        return self._busy
+
+    def end(self) -> None:
+        """Release the session."""
+        self._busy = False
+
+
+class Studio:
+    """Models and sessions.
+
+    Args:
+        places: bundles with trained files.
+        work_dir: the only folder that is written to.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, places: Mapping[str, Place], work_dir: Path, *, device: str = "cpu") -> None:
+        self.places, self.work_dir, self.device = dict(places), Path(work_dir), device
+        self._sessions: dict[str, Session] = {}
+        self._models: OrderedDict[tuple, LSDMModel | OneFileModel] = OrderedDict()
+        self._sampling = threading.Lock()
+        self._guard = threading.Lock()
+
+    # Sessions
+
+    def session(self, key: str) -> Session:
+        """The session of a user, made when first asked for."""
+        with self._guard:
+            if key not in self._sessions:
+                folder = self.work_dir / f"session-{secrets.token_hex(16)}"
+                folder.mkdir(parents=True)
+                self._sessions[key] = Session(folder)
+            return self._sessions[key]
+
+    def close(self, key: str) -> None:
+        """End a session whose user is gone: what runs stops, its files are removed."""
+        with self._guard:
+            session = self._sessions.pop(key, None)
+        if session is not None:
+            session.cancel()
+            shutil.rmtree(session.folder, ignore_errors=True)
+
+    def close_all(self) -> None:
+        """End all sessions."""
+        for key in list(self._sessions):
+            self.close(key)
+
+    # Maps
+
+    def colours(self, bundle: str) -> np.ndarray:
+        """A colour for each label of a bundle."""
+        return maps.colours_of(self.places[bundle].labels)
+
+    def take_case(self, session: Session, bundle: str, name: str) -> Drawing:
+        """Take a map of the dataset.
+
+        Raises:
+            UserError: no such case.
+        """
+        place = self.places[bundle]
+        case = place.cases().get(name)
+        if case is None:
+            raise UserError(f"{name!r} is no case of the dataset of {bundle}; choose one of the list")
+        label = self._label(place, case)
+        old = read_label_file(case["label"]).shape
+        spacing = [mm * a / b for mm, a, b in zip(case.get("spacing", (1.0, 1.0)), old, label.shape, strict=True)]
+        origin = case["source"]
+        session.drawings[bundle] = Drawing(label, origin, case if bundle != "jdm" else None, spacing)
+        return session.drawings[bundle]
+
+    def take_upload(self, session: Session, bundle: str, path: str | Path, *, resize: bool) -> Drawing:
+        """Take an uploaded map.
+
+        Raises:
+            UserError: see `monai_synth.studio.uploads.read_map`.
+        """
+        place = self.places[bundle]
+        label = uploads.read_map(path, session.folder, labels=place.labels, size=place.size, resize=resize)
+        session.drawings[bundle] = Drawing(label, "upload")
+        return session.drawings[bundle]
+
+    def take_picture(self, session: Session, bundle: str, picture: np.ndarray) -> Drawing:
+        """Take what was drawn; a map on which nothing was drawn stays what it was.
+
+        Raises:
+            UserError: see `monai_synth.studio.maps.from_picture`.
+        """
+        label = maps.from_picture(picture, self.colours(bundle), self.places[bundle].size)
+        return self._changed(session, bundle, label)
+
+    def stamp(
+        self, session: Session, bundle: str, label_name: str, *, row: float, column: float, diameter: float
+    ) -> Drawing:
+        """Put a disc of a label onto the map.
+
+        Raises:
+            UserError: an unknown label, or see `monai_synth.studio.maps.stamp`.
+        """
+        place = self.places[bundle]
+        if label_name not in place.labels:
+            raise UserError(f"{label_name!r} is no label of {bundle}; its labels are {', '.join(place.labels)}")
+        label = maps.stamp(self.drawing(session, bundle).label, place.labels[label_name], (row, column), diameter)
+        return self._changed(session, bundle, label)
+
+    def drawing(self, session: Session, bundle: str) -> Drawing:
+        """The map of a bundle; empty at first."""
+        if bundle not in session.drawings:
+            session.drawings[bundle] = Drawing(np.zeros(self.places[bundle].size, np.uint8))
+        return session.drawings[bundle]
+
+    def _changed(self, session: Session, bundle: str, label: np.ndarray) -> Drawing:
+        before = self.drawing(session, bundle)
+        if not np.array_equal(label, before.label):
+            session.drawings[bundle] = Drawing(label, "drawing", None, before.spacing)
+        return session.drawings[bundle]
+
+    def _label(self, place: Place, case: Mapping) -> np.ndarray:
+        """A case's map at the model's size."""
+        return uploads.fitted(read_label_file(case["label"]), place.labels, place.size)
+
+    # Sampling
+
+    def model(self, bundle: str, request: Request) -> LSDMModel | OneFileModel:
+        """The loaded files of a bundle; the last few are kept.
+
+        Raises:
+            UserError: files that are missing, damaged or do not fit each other.
+        """
+        place = self.places[bundle]
+        guided = bundle == "lsdm" and request.guidance_scale != 0
+        unknown = sorted(set(request.targets) - set(place.features)) if guided else []
+        if unknown:
+            raise UserError(f"no classifier of {unknown[0]} is there; the features of this model are {place.features}")
+        features = place.features if guided else ()
+        precision = "float32" if bundle == "spade_gan" else request.precision
+        key = (bundle, features, precision)
+        if key not in self._models:
+            if bundle == "lsdm":
+                options = {"features": features, "precision": precision}
+                self._models[key] = load_lsdm(place.ckpt_dir, device=self.device, **options)
+            else:
+                stage = "generator" if bundle == "spade_gan" else "diffusion"
+                self._models[key] = load_model(
+                    bundle, place.ckpt_dir, device=self.device, stage=stage, precision=precision
+                )
+        self._models.move_to_end(key)
+        while len(self._models) > MOST_MODELS:
+            self._models.popitem(last=False)
+        return self._models[key]
+
+    def generate(
+        self,
+        session: Session,
+        bundle: str,
+        request: Request,
+        *,
+        with_map: bool = True,
+        progress: Progress | None = None,
+        waiting: Callable[[], None] | None = None,
+    ) -> Run:
+        """Sample; users take turns. Call `Session.begin` first.
+
+        Args:
+            session: the user's.
+            bundle: which.
+            request: what is asked for.
+            with_map: give the model the session's map; False samples whole pairs of jdm.
+            progress: called with (done, in all) after each step.
+            waiting: called before the user's turn is waited for.
+
+        Raises:
+            CancelledError: the user cancelled, or left.
+            UserError: what the bundle's own sampling refuses.
+        """
+        try:
+            if waiting is not None:
+                waiting()
+            with self._sampling:
+                if session._cancel.is_set():
+                    raise CancelledError
+                place = self.places[bundle]
+                drawing = self.drawing(session, bundle) if with_map and place.labels else None
+                job = make_job(place, self.model(bundle, request), request, session.folder, drawing)
+                run = run_job(place, job, device=self.device, progress=progress, cancel=session._cancel)
+                session.runs[bundle] = run
+                return run
+        finally:
+            session.end()
+
+    # Reading
+
+    def start_reading(self, session: Session, bundle: str, source: str, seed: int = 0) -> Reading:
+        """Begin to read cases.
+
+        Args:
+            session: the user's.
+            bundle: whose images.
+            source: "generated", "dataset" or "both".
+            seed: of their order.
+
+        Raises:
+            UserError: another source, or no case.
+        """
+        place = self.places[bundle]
+        if source not in ("generated", "dataset", "both") or not place.labels:
+            raise UserError(f"cannot read {source!r} of {bundle}; allowed are generated, dataset and both")
+        malignancies = bundle in ("lsdm", "spade_gan")
+        cases = []
+        if source != "dataset" and bundle in session.runs:
+            cases += [Case(s.case_id, s.image, s.label, True, malignancies) for s in session.runs[bundle].samples()]
+        if source != "generated":
+            known = [case for case in place.cases().values() if case["source"] == "test"][:MOST_CASES]
+            cases += [self._real(place, case, malignancies) for case in known]
+        session.reading, session.mark = Reading(cases, seed), None
+        return session.reading
+
+    def _real(self, place: Place, case: Mapping, malignancies: bool) -> Case:
+        image, label = uploads.read_pair(case, place.labels, place.size)
+        return Case(case["case_id"], image, label, False, malignancies)
