@@ -15,6 +15,7 @@ from monai_synth import __version__
 from monai_synth.commands.convert import add_convert
 from monai_synth.commands.evaluate import add_evaluate
 from monai_synth.commands.experiment import add_experiment
+from monai_synth.commands.label_app import add_label_app
 from monai_synth.commands.package import add_package
 from monai_synth.commands.prepare import add_prepare
 from monai_synth.errors import UserError
@@ -61,4 +62,5 @@ def _parser() -> argparse.ArgumentParser:
     add_experiment(verbs.add_parser("experiment", help="find out whether synthetic data help"))
     add_package(verbs.add_parser("package", help="make a bundle that runs without monai_synth"))
     add_convert(verbs.add_parser("convert", help="take checkpoints of monai-generative and of MONAI's bundles"))
+    add_label_app(verbs.add_parser("label-app", help="serve bundles to viewers through MONAI Label"))
     return parser
