@@ -18,6 +18,7 @@ from monai_synth.commands.experiment import add_experiment
 from monai_synth.commands.label_app import add_label_app
 from monai_synth.commands.package import add_package
 from monai_synth.commands.prepare import add_prepare
+from monai_synth.commands.studio import add_studio
 from monai_synth.errors import UserError
 
 
@@ -63,4 +64,5 @@ def _parser() -> argparse.ArgumentParser:
     add_package(verbs.add_parser("package", help="make a bundle that runs without monai_synth"))
     add_convert(verbs.add_parser("convert", help="take checkpoints of monai-generative and of MONAI's bundles"))
     add_label_app(verbs.add_parser("label-app", help="serve bundles to viewers through MONAI Label"))
+    add_studio(verbs.add_parser("studio", help="serve a local page for drawing maps, sampling and training readers"))
     return parser

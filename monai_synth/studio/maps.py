@@ -117,3 +117,8 @@ def enlarged(picture: np.ndarray, least: int = 256) -> Image.Image:
     """A picture, grey or RGB, enlarged by a whole factor until its longer side has at least so many pixels."""
     factor = max(1, -(-least // max(picture.shape[:2])))
     return Image.fromarray(picture.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
+    """Pixels just outside a mask, bool (H, W)."""
+    return ndimage.binary_dilation(mask, iterations=width) & ~mask if mask.any() else mask

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page: a tab for each bundle with trained files, and one for readers. It decides what is where, nothing else."""
+
+from __future__ import annotations
+
+import functools
+import html
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from monai_synth.data.semantic import FEATURES, MALIGNANCY
+from monai_synth.errors import UserError
+from monai_synth.precision import PRECISIONS
+from monai_synth.studio import maps
+from monai_synth.studio.jobs import MOST_AT_ONCE, MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, Drawing, Request
+from monai_synth.studio.places import BUNDLES, Place
+from monai_synth.studio.reader_page import reader_tab
+from monai_synth.studio.runs import CancelledError, Run, write_zip
+from monai_synth.studio.session import Session, Studio
+from monai_synth.studio.uploads import MAX_BYTES
+
+logger = logging.getLogger(__name__)
+
+CSS = """
+.status p { font-size: 1rem; margin: 0.25rem 0; }
+.legend span { display: inline-flex; align-items: center; margin: 0 0.9rem 0.3rem 0; }
+.legend i { width: 1em; height: 1em; margin-right: 0.4em; border: 1px solid #888; display: inline-block; }
+*:focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 1px; }
+"""
+# what changes is read out to those who do not see it
+LIVE = "() => document.querySelectorAll('.status').forEach(e => e.setAttribute('aria-live', 'polite'))"
+NO_MODELS = """## No trained model is here yet
+
+The studio shows each bundle whose training has left a `model.pt` in `bundles/NAME/models`. Train the demo model of LSDM
+on a built-in phantom (all stages, minutes on a CPU), from the folder that holds `bundles`:
+
+```
+{commands}
+```
+
+Then start `monai-synth studio` again there. Models elsewhere: `monai-synth studio --ckpt-dir lsdm=DIR`.
+"""
+DEMO = {
+    "lsdm": "python -m monai.bundle run --config_file bundles/lsdm/configs/train.json",
+    "jdm": "python -m monai.bundle run --config_file bundles/jdm/configs/train.json",
+}
+
+
+def told(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Show what a user can mend as one message, and hide the insides of everything else."""
+
+    @functools.wraps(action)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return action(*args, **options)
+        except (UserError, OSError) as error:
+            raise gr.Error(" ".join(str(error).split()), duration=None, print_exception=False) from error
+
+    return call
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The whole page.
+
+    Args:
+        studio: models and sessions.
+    """
+    with gr.Blocks(title="monai_synth studio", analytics_enabled=False) as page:
+        gr.Markdown("# monai_synth studio\nSynthetic images; not for diagnosis. Everything stays on this machine.")
+        if not studio.places:
+            gr.Markdown(NO_MODELS.format(commands="\n".join(f"# {name}\n{line}" for name, line in DEMO.items())))
+        else:
+            with gr.Tabs():
+                for bundle, place in studio.places.items():
+                    with gr.Tab(bundle, id=bundle):
+                        gr.Markdown(f"{BUNDLES[bundle]}. Images of {' x '.join(map(str, place.size))} pixels.")
+                        if len(place.size) == 2:
+                            BundleTab(studio, place)
+                        else:
+                            gr.Markdown("This model makes volumes; sample them by `python -m monai.bundle run`.")
+                if any(place.labels and len(place.size) == 2 for place in studio.places.values()):
+                    with gr.Tab("reader training", id="reading"):
+                        reader_tab(studio, told)
+        page.load(None, js=LIVE)
+        page.unload(_leave(studio))
+    return page
+
+
+def _leave(studio: Studio) -> Callable[[gr.Request], None]:
+    def leave(request: gr.Request) -> None:
+        studio.close(str(request.session_hash))
+
+    return leave
+
+
+def status(text: str) -> str:
+    """A line of text for what went on."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+class BundleTab:
+    """The controls of one bundle.
+
+    Args:
+        studio: models and sessions.
+        place: the bundle.
+    """
+
+    def __init__(self, studio: Studio, place: Place) -> None:
+        self.studio, self.place, self.bundle = studio, place, place.bundle
+        self.names: list[str] = []  # of the inputs that a request is made of
+        self.inputs: list[Any] = []
+        self.editor: gr.ImageEditor | None = None
+        self.whole: gr.Radio | None = None
+        if place.labels:
+            self._map()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                self._settings()
+                with gr.Row():
+                    self.go = gr.Button("Generate", variant="primary", elem_id=f"{self.bundle}-generate")
+                    self.stop = gr.Button("Cancel", variant="stop", elem_id=f"{self.bundle}-cancel")
+            with gr.Column(scale=2, min_width=280):
+                self._results()
+        self._wire()
+
+    def _session(self, request: gr.Request) -> Session:
+        return self.studio.session(str(request.session_hash))
+
+    # The map
+
+    def _map(self) -> None:
+        place, colours = self.place, self.studio.colours(self.bundle)
+        if self.bundle == "jdm":
+            choices = [("image for the mask below", "mask"), ("whole pairs of image and mask", "pairs")]
+            self.whole = gr.Radio(choices, value="mask", label="What to make", elem_id="jdm-what")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                cases = list(place.cases())[:500]
+                if cases:
+                    self.case = gr.Dropdown(cases, value=cases[0], label="Map of the dataset")
+                    self.take = gr.Button("Take this map", elem_id=f"{self.bundle}-take")
+                limit = MAX_BYTES // 2**20
+                self.upload = gr.File(
+                    label=f"Or upload a map: PNG or NIfTI, 2-D, at most {limit} MB",
+                    file_types=[".png", ".nii", ".gz"],
+                    type="filepath",
+                    height=120,
+                    elem_id=f"{self.bundle}-upload",
+                )
+                self.resize = gr.Checkbox(False, label="resize it to the model's size")
+                names = list(place.labels)
+                least = [side - 1 for side in place.size]
+                with gr.Accordion("Stamp: a disc by numbers, also by keyboard", open=True):
+                    self.stamp_label = gr.Dropdown(names, value=names[-1], label="Label")
+                    self.row = gr.Slider(0, least[0], value=least[0] // 2, step=1, label="Row (0 is the top)")
+                    self.column = gr.Slider(0, least[1], value=least[1] // 2, step=1, label="Column (0 is the left)")
+                    largest = max(2, max(place.size) // 2)
+                    self.diameter = gr.Slider(1, largest, value=max(2, largest // 8), step=1, label="Diameter (pixels)")
+                    self.press = gr.Button("Stamp", elem_id=f"{self.bundle}-stamp")
+                self.clear = gr.Button("Empty the map")
+            with gr.Column(scale=2, min_width=280):
+                gr.HTML(self._legend(names, colours), elem_classes="legend")
+                blank = maps.to_picture(np.zeros(place.size, np.uint8), colours)
+                self.editor = gr.ImageEditor(
+                    value=_editor_value(blank),
+                    type="numpy",
+                    image_mode="RGB",
+                    format="png",
+                    label="Label map; draw with the brush, a colour for each label",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(
+                        default_size=max(4, max(blank.shape) // 32),
+                        colors=[maps.hex_of(colour) for colour in colours],
+                        default_color=maps.hex_of(colours[-1]),
+                        color_mode="fixed",
+                    ),
+                    canvas_size=(blank.shape[1], blank.shape[0]),
+                    fixed_canvas=True,
+                    buttons=[],
+                    elem_id=f"{self.bundle}-editor",
+                )
+                self.map_status = gr.HTML(status("The map is empty."), elem_classes="status")
+
+    def _legend(self, names: Sequence[str], colours: np.ndarray) -> str:
+        entries = zip(names, (maps.hex_of(colour) for colour in colours), strict=True)
+        return "".join(f'<span><i style="background:{c}"></i>{html.escape(name)}</span>' for name, c in entries)
+
+    def _shown(self, drawing: Drawing, text: str) -> tuple[dict[str, Any], str]:
+        picture = maps.to_picture(drawing.label, self.studio.colours(self.bundle))
+        names = {value: name for name, value in self.place.labels.items()}
+        there = ", ".join(names[int(value)] for value in np.unique(drawing.label))
+        return _editor_value(picture), status(f"{text} Labels in it: {there}.")
+
+    def _read_editor(self, session: Session, drawn: Mapping[str, Any] | None) -> None:
+        if drawn is not None and drawn.get("composite") is not None:
+            self.studio.take_picture(session, self.bundle, drawn["composite"])
+
+    # The settings
+
+    def _input(self, name: str, component: Any) -> Any:
+        self.names.append(name)
+        self.inputs.append(component)
+        return component
+
+    def _settings(self) -> None:
+        place, contract = self.place, self.place.contract
+        if "classes" in contract:
+            names = list(contract["classes"])
+            self._input("classes", gr.CheckboxGroup(names, value=names[:1], label="Classes"))
+        if place.features:
+            with gr.Accordion("Nodule features, for all nodules of the map", open=True):
+                for feature in place.features:
+                    text = feature.replace("_", " ").capitalize()
+                    if feature == MALIGNANCY:
+                        choices = [("as the map says", "own"), ("benign", "0"), ("malignant", "1")]
+                    else:
+                        choices = [("as the map says", "own"), *((str(n), str(n)) for n in range(1, 6))]
+                    self._input(feature, gr.Radio(choices, value="own", label=text))
+        if place.features or self.bundle == "cfg_ddpm":
+            value, note = (1.0, "0 is none") if place.features else (3.0, "1 is none")
+            self._input(
+                "guidance_scale",
+                gr.Number(value, label=f"Guidance scale ({note})", minimum=-MOST_GUIDANCE, maximum=MOST_GUIDANCE),
+            )
+        what = "Images of each class" if "classes" in contract else "Images"
+        self._input("num_images", gr.Slider(1, MOST_IMAGES, value=4, step=1, label=what))
+        self._input("seed", gr.Number(0, label="Seed of the first", precision=0, minimum=0, maximum=MOST_SEED))
+        with gr.Accordion("Sampler", open=False):
+            if place.samplers:
+                self._input("sampler", gr.Dropdown(list(place.samplers), value=place.samplers[0], label="Sampler"))
+                steps = 10 if self.bundle == "lsdm" else 20
+                most = min(1000, place.most_steps)
+                self._input("num_steps", gr.Slider(1, most, value=min(steps, most), step=1, label="Steps"))
+                self._input("precision", gr.Dropdown(list(PRECISIONS)[::-1], value="auto", label="Precision"))
+            self._input("batch_size", gr.Slider(1, MOST_AT_ONCE, value=4, step=1, label="Images at once"))
+
+    def request(self, values: Sequence[Any]) -> Request:
+        """What the controls say.
+
+        Raises:
+            UserError: a number that is none, or out of range.
+        """
+        given = dict(zip(self.names, values, strict=True))
+        targets = {name: float(given.pop(name)) for name in list(given) if name in FEATURES and given[name] != "own"}
+        given = {name: value for name, value in given.items() if name not in FEATURES}
+        for name in ("num_images", "seed", "num_steps", "batch_size"):
+            if isinstance(given.get(name), float) and given[name].is_integer():
+                given[name] = int(given[name])
+        return Request(**given, targets=targets)
+
+    # The results
+
+    def _results(self) -> None:
+        self.told = gr.HTML(
+            status("Nothing was generated yet."), elem_classes="status", elem_id=f"{self.bundle}-status"
+        )
+        self.show_map = gr.Checkbox(True, label="lay the map over", visible=bool(self.place.labels))
+        self.gallery = gr.Gallery(
+            label="Images", columns=[2, 3, 4], object_fit="contain", format="png", interactive=False,
+            height="auto", buttons=["fullscreen"], elem_id=f"{self.bundle}-gallery",
+        )  # fmt: skip
+        with gr.Row():
+            forms = Run(self.place, None).forms
+            self.form = gr.Dropdown(list(forms), value=forms[0], label="Download as")
+            self.pack = gr.Button("Prepare the download", elem_id=f"{self.bundle}-pack")
+        self.file = gr.File(label="Download", interactive=False, visible=False, elem_id=f"{self.bundle}-download")
+
+    def pictures(self, run: Run | None, with_map: bool) -> list[tuple[Any, str]]:
+        """Images with captions."""
+        shown = []
+        for sample in run.samples() if run is not None else ():
+            image, text = sample.image, f"{sample.case_id}, seed {sample.seed}"
+            if with_map and sample.label is not None:
+                image = maps.overlay(image, sample.label, self.studio.colours(self.bundle))
+            shown.append((maps.enlarged(image), text))
+        return shown
+
+    # What happens
+
+    def _wire(self) -> None:
+        if self.editor is not None:
+            self._wire_map()
+        before = [x for x in (self.editor, self.whole) if x is not None]
+        begun = self.go.click(told(self._begin), [*before], [self.told], queue=False, api_name=False)
+        begun.success(
+            told(self._generate), [*([self.whole] if self.whole else []), self.show_map, *self.inputs],
+            [self.gallery, self.told, self.file], concurrency_id="sampling", concurrency_limit=1,
+            api_name=f"{self.bundle}_generate", show_progress_on=self.told,
+        )  # fmt: skip
+        self.stop.click(self._cancel, None, [self.told], queue=False, api_name=False)
+        self.show_map.change(self._show, [self.show_map], [self.gallery], queue=False, api_name=False)
+        self.pack.click(told(self._pack), [self.form], [self.file], api_name=False)
+
+    def _wire_map(self) -> None:
+        shown = [self.editor, self.map_status]
+        if self.place.cases():
+            self.take.click(told(self._take), [self.case], shown, api_name=False)
+        self.upload.upload(told(self._upload), [self.upload, self.resize], shown, api_name=False)
+        places = [self.editor, self.stamp_label, self.row, self.column, self.diameter]
+        self.press.click(told(self._stamp), places, shown, api_name=False)
+        self.clear.click(told(self._empty), None, shown, api_name=False)
+
+    def _take(self, name: str, request: gr.Request) -> tuple[Any, ...]:
+        return self._shown(self.studio.take_case(self._session(request), self.bundle, name), f"Map of {name}.")
+
+    def _upload(self, path: str, resize: bool, request: gr.Request) -> tuple[Any, ...]:
+        drawing = self.studio.take_upload(self._session(request), self.bundle, path, resize=resize)
+        return self._shown(drawing, "Your map was read.")
+
+    def _stamp(self, drawn: Any, label: str, row: float, column: float, diameter: float, request: gr.Request) -> Any:
+        session = self._session(request)
+        self._read_editor(session, drawn)
+        drawing = self.studio.stamp(session, self.bundle, label, row=row, column=column, diameter=diameter)
+        return self._shown(drawing, f"Stamped {label} at row {row:g}, column {column:g}.")
+
+    def _empty(self, request: gr.Request) -> tuple[Any, ...]:
+        session = self._session(request)
+        session.drawings.pop(self.bundle, None)
+        return self._shown(self.studio.drawing(session, self.bundle), "The map was emptied.")
+
+    def _begin(self, request: gr.Request, *values: Any) -> str:
+        session = self._session(request)
+        if self.editor is not None and (self.whole is None or values[-1] == "mask"):
+            self._read_editor(session, values[0])
+            if not self.studio.drawing(session, self.bundle).label.any():
+                raise UserError("the label map is empty; take one of the dataset, upload one, or draw one")
+        session.begin()
+        return status("Waiting for your turn, or sampling. Cancel stops it.")
+
+    def _generate(
+        self,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - this is how gradio hands it in
+        *given: Any,
+    ) -> tuple[Any, ...]:
+        session, values = self._session(request), list(given)
+        with_map = values.pop(0) == "mask" if self.whole is not None else True
+        show_map = values.pop(0)
+        try:
+            asked = self.request(values)
+        except UserError:
+            session.end()
+            raise
+
+        def tell(done: int, total: int) -> None:
+            progress((done, total), desc="sampling", unit="steps")
+
+        try:
+            run = self.studio.generate(session, self.bundle, asked, with_map=with_map, progress=tell)
+        except CancelledError:
+            return gr.skip(), status("Cancelled. Nothing was kept of it."), gr.skip()
+        pictures = self.pictures(run, show_map)
+        text = f"{len(pictures)} images, seeds from {asked.seed}. Download them below."
+        return pictures, status(text), gr.update(value=None, visible=False)
+
+    def _cancel(self, request: gr.Request) -> Any:
+        if self._session(request).cancel():
+            return status("Cancelling at the next step ...")
+        return status("Nothing is running.")
+
+    def _show(self, with_map: bool, request: gr.Request) -> list[tuple[Any, str]]:
+        return self.pictures(self._session(request).runs.get(self.bundle), with_map)
+
+    def _pack(self, form: str, request: gr.Request) -> Any:
+        session = self._session(request)
+        run = session.runs.get(self.bundle)
+        if run is None:
+            raise UserError("nothing was generated yet; press Generate first")
+        return gr.update(value=str(write_zip(run, session.folder, form)), visible=True)
+
+
+def _editor_value(picture: np.ndarray) -> dict[str, Any]:
+    return {"background": picture, "layers": [], "composite": picture}

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves the page: on loopback, from one folder, and without a word to any other machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from monai_synth.checks import chosen_device
+from monai_synth.errors import UserError
+from monai_synth.studio.places import find_places
+from monai_synth.studio.session import Studio
+from monai_synth.studio.uploads import MAX_BYTES
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# The page's own scripts are inline and compile templates; from other machines nothing may be loaded.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; "
+    "object-src 'none'; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+class Headers:
+    """ASGI middleware that adds headers to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        async def send_more(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                more = {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
+                message["headers"] = [*message.get("headers", []), *((k.encode(), v.encode()) for k, v in more.items())]
+            await send(message)
+
+        await self.app(scope, receive, send_more)
+
+
+def serve(
+    *,
+    bundles: str = "bundles",
+    ckpt_dir: Mapping[str, str] | None = None,
+    dataset_dir: Mapping[str, str] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    work_dir: str | None = None,
+    device: str | None = None,
+    report: Callable[[str], None] = print,
+    wait: bool = True,
+) -> Any:
+    """Start the studio.
+
+    Args:
+        bundles: folder of the bundles.
+        ckpt_dir: bundle -> folder of trained files in their stead.
+        dataset_dir: bundle -> prepared dataset.
+        host: address to listen at.
+        port: to listen at; 0 takes a free one.
+        work_dir: folder for uploads and results; None takes a temporary one that is removed at the end.
+        device: "cpu" or "cuda"; None takes a GPU where there is one.
+        report: told where the page is.
+        wait: until the process is interrupted; False returns the running page, whose ``close`` ends it.
+
+    Raises:
+        UserError: Gradio is not installed, the port is in use, a folder cannot be written, or trained files are wrong.
+    """
+    places = find_places(bundles, ckpt_dirs=ckpt_dir, dataset_dirs=dataset_dir)
+    device = chosen_device(device)
+    port = free_port(host, port)
+    folder, is_ours = _work_dir(work_dir)
+    try:
+        page_of, css, gradio = _gradio(folder)
+        studio = Studio(places, folder, device=device)
+        page = page_of(studio)
+        page.queue(max_size=64, api_open=False)
+        page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, inbrowser=False, prevent_thread_lock=True,
+            allowed_paths=[str(folder)], max_file_size=MAX_BYTES, show_error=False, enable_monitoring=False,
+            ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], css=css,
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            app_kwargs={"middleware": [_middleware()]},
+        )  # fmt: skip
+        page.studio = studio
+        shown = ", ".join(places) or "no bundle yet, the page says how to train one"
+        place = f"[{host}]" if ":" in host else host
+        report(f"monai-synth studio: http://{place}:{port} ({shown}; {device}). Stop: Ctrl-C")
+        if host not in LOOPBACK:
+            report(f"warning: {host} can be reached from other machines, and the page asks nobody for a password")
+        if not wait:
+            return page
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)
+            studio.close_all()
+    finally:
+        if wait and is_ours:
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, if one can listen there; 0 becomes a free one.
+
+    Raises:
+        UserError: it is in use, is none, or the host is not of this machine.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
+        raise UserError(f"port is {port!r}; allowed are whole numbers from 1 to 65535, or 0 for any that is free")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                msg = (
+                    f"port {port} of {host} is in use, perhaps by another studio; give another, e.g. --port {port + 1}"
+                )
+            elif error.errno == errno.EACCES:
+                msg = f"port {port} of {host} may not be used; give one from 1024, e.g. --port 7860"
+            else:
+                msg = f"cannot listen at host {host!r} ({error.strerror}); give an address of this machine (--host)"
+            raise UserError(msg) from error
+        return int(probe.getsockname()[1])
+
+
+def _work_dir(given: str | None) -> tuple[Path, bool]:
+    """The folder, and whether it is a temporary one."""
+    if given is None:
+        return Path(tempfile.mkdtemp(prefix="monai_synth_studio_")), True
+    folder = Path(given).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"work_dir {folder} cannot be written ({error.strerror}); give another --work-dir") from error
+    return folder, False
+
+
+def _gradio(folder: Path) -> tuple[Callable[[Studio], Any], str, Any]:
+    """Gradio, set to stay silent and within the folder; it reads its environment when it is imported."""
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder / "gradio"), HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1", GRADIO_SHARE="False",
+    )  # fmt: skip
+    try:
+        import gradio
+    except ImportError as error:
+        msg = f"the studio needs Gradio, which is not there ({error}); install it: pip install 'monai_synth[studio]'"
+        raise UserError(msg) from error
+    from monai_synth.studio.page import CSS, build_page
+
+    return build_page, CSS, gradio
+
+
+def _middleware() -> Any:
+    from starlette.middleware import Middleware
+
+    return Middleware(Headers)
