@@ -204,7 +204,7 @@ def bundle_images(bundle: str, folder: Path, out: Path, **values: object) -> dic
     if bundle == "spade_gan":
         given = {key: given[key] for key in ("seed", "batch_size", "device")}
     options = given | {"ckpt_dir": str(folder), "output_dir": str(out)} | values
-    run(bundle, "inference.json", "inference", f"studio_{bundle}", **options)
+    run(bundle, "inference.json", "inference", "run", **options)
     return {p.name: p.read_bytes() for p in out.rglob("*.png") if p.parent.name not in ("figures", out.name)}
 
 
