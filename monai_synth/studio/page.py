@@ -79,7 +79,9 @@ def build_page(studio: Studio) -> gr.Blocks:
                     with gr.Tab(bundle, id=bundle):
                         gr.Markdown(f"{BUNDLES[bundle]}. Images of {' x '.join(map(str, place.size))} pixels.")
                         if len(place.size) == 2:
-                            BundleTab(studio, place)
+                            tab = BundleTab(studio, place)
+                            if tab.editor is not None:
+                                page.load(tab.begin_map, None, [tab.editor, tab.map_status], api_name=False)
                         else:
                             gr.Markdown("This model makes volumes; sample them by `python -m monai.bundle run`.")
                 if any(place.labels and len(place.size) == 2 for place in studio.places.values()):
@@ -149,7 +151,7 @@ class BundleTab:
                     label=f"Or upload a map: PNG or NIfTI, 2-D, at most {limit} MB",
                     file_types=[".png", ".nii", ".gz"],
                     type="filepath",
-                    height=120,
+                    height=150,
                     elem_id=f"{self.bundle}-upload",
                 )
                 self.resize = gr.Checkbox(False, label="resize it to the model's size")
@@ -167,10 +169,10 @@ class BundleTab:
                 gr.HTML(self._legend(names, colours), elem_classes="legend")
                 blank = maps.to_picture(np.zeros(place.size, np.uint8), colours)
                 self.editor = gr.ImageEditor(
-                    value=_editor_value(blank),
                     type="numpy",
-                    image_mode="RGB",
+                    image_mode="RGBA",
                     format="png",
+                    height=600,
                     label="Label map; draw with the brush, a colour for each label",
                     sources=(),
                     transforms=(),
@@ -263,8 +265,8 @@ class BundleTab:
         )
         self.show_map = gr.Checkbox(True, label="lay the map over", visible=bool(self.place.labels))
         self.gallery = gr.Gallery(
-            label="Images", columns=[2, 3, 4], object_fit="contain", format="png", interactive=False,
-            height="auto", buttons=["fullscreen"], elem_id=f"{self.bundle}-gallery",
+            label="Images", columns=2, object_fit="contain", format="png", interactive=False,
+            height=560, buttons=["fullscreen"], elem_id=f"{self.bundle}-gallery",
         )  # fmt: skip
         with gr.Row():
             forms = Run(self.place, None).forms
@@ -306,6 +308,10 @@ class BundleTab:
         places = [self.editor, self.stamp_label, self.row, self.column, self.diameter]
         self.press.click(told(self._stamp), places, shown, api_name=False)
         self.clear.click(told(self._empty), None, shown, api_name=False)
+
+    def begin_map(self, request: gr.Request) -> tuple[Any, ...]:
+        """The empty map of a new session, to draw on."""
+        return self._shown(self.studio.drawing(self._session(request), self.bundle), "The map is empty.")
 
     def _take(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         return self._shown(self.studio.take_case(self._session(request), self.bundle, name), f"Map of {name}.")
