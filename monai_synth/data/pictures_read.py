@@ -16,7 +16,6 @@ import numpy as np
 import pydicom
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydicom.pixels import pixel_array
 
 from monai_synth.errors import UserError
 
@@ -157,7 +156,7 @@ def read_mask(path: str) -> Mask:
             dataset = _dicom_dataset(path)
             if int(dataset.get("SamplesPerPixel", 1)) != 1:
                 raise UserError(f"{path}: a colour mask; {_COLOUR_CODED}")
-            return Mask(pixel_array(dataset))
+            return Mask(_dicom_pixels(dataset))
         with _open_picture(path) as picture:
             if picture is None or picture.mode in _DEEP_MODES:
                 values = tifffile.imread(path) if picture is None else np.asarray(picture)
@@ -332,7 +331,7 @@ def _dicom_picture(path: str) -> Picture:
     photometric = str(dataset.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         raise UserError(f"{path}: palette colours; save it as RGB PNG")
-    pixels = pixel_array(dataset)
+    pixels = _dicom_pixels(dataset)
     spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing") or (1.0, 1.0)
     spacing = tuple(float(s) for s in spacing)
     if pixels.ndim == 3:
@@ -352,3 +351,10 @@ def _finite(values: np.ndarray, path: str) -> np.ndarray:
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(str(n) for n in shape)
+
+
+def _dicom_pixels(dataset: pydicom.Dataset) -> np.ndarray:
+    # here, so that all else can be imported beside MONAI Label, which needs pydicom 2
+    from pydicom.pixels import pixel_array
+
+    return pixel_array(dataset)

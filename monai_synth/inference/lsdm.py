@@ -39,6 +39,7 @@ class LSDMInferer(Inferer):
         semantic_downsample: pooling of maps, as in training.
         collapse_nodule_labels: hide malignancy in the map, as in training.
         cache_modulations: False recomputes SPADE at every step (for measurements).
+        seed: of the first map where no seeds are given.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LSDMInferer(Inferer):
         semantic_downsample: str = "max_onehot",
         collapse_nodule_labels: bool = False,
         cache_modulations: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.codec = codec
@@ -72,6 +74,7 @@ class LSDMInferer(Inferer):
         self.semantic_downsample = semantic_downsample
         self.collapse_nodule_labels = collapse_nodule_labels
         self.cache_modulations = cache_modulations
+        self.seed = seed
         make_sampler(sampler, schedule, num_steps)  # refuse wrong settings before any work
 
     @property
@@ -84,7 +87,7 @@ class LSDMInferer(Inferer):
         inputs: Tensor,
         network: nn.Module,
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
         nodules: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
         targets: Sequence[Mapping[str, float]] | None = None,
     ) -> Tensor:
@@ -93,7 +96,7 @@ class LSDMInferer(Inferer):
         Args:
             inputs: label maps (B, 1, H, W), integers.
             network: SPADE U-Net.
-            seeds: one per map.
+            seeds: one per map. Default: those from ``seed`` on.
             nodules: per map, the nodule table (``center`` in pixels of the map, features), or None for a map
                 without one; nothing at all samples without guidance.
             targets: per map, features that replace the nodules' own.
@@ -107,7 +110,7 @@ class LSDMInferer(Inferer):
         cond = self.codec.encode_label(label) * self.codec.scale_factor
         size = tuple(cond.shape[2:])
         seg = pool_semantic(one_hot(label, self.codec.num_labels), size, self.semantic_downsample)
-        generators = make_generators(seeds)
+        generators = make_generators(range(self.seed, self.seed + len(inputs)) if seeds is None else seeds)
         x_T = initial_noise(tuple(cond.shape[1:]), generators, cond.device)
         with torch.no_grad():
             modulations = network.modulations(seg, size) if self.cache_modulations else None

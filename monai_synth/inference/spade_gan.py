@@ -23,15 +23,23 @@ class SPADEGANInferer(Inferer):
     Args:
         num_labels: labels of the model.
         collapse_nodule_labels: hide malignancy in the map, as in training.
+        seed: of the first map where no seeds are given.
     """
 
-    def __init__(self, num_labels: int, *, collapse_nodule_labels: bool = False) -> None:
+    def __init__(self, num_labels: int, *, collapse_nodule_labels: bool = False, seed: int = 0) -> None:
         super().__init__()
         self.num_labels = num_labels
         self.collapse_nodule_labels = collapse_nodule_labels
+        self.seed = seed
 
     def __call__(
-        self, inputs: Tensor, network: nn.Module, *, seeds: Sequence[int], nodules: Any = None, targets: Any = None
+        self,
+        inputs: Tensor,
+        network: nn.Module,
+        *,
+        seeds: Sequence[int] | None = None,
+        nodules: Any = None,
+        targets: Any = None,
     ) -> Tensor:
         """Generate one image per map.
 
@@ -39,6 +47,7 @@ class SPADEGANInferer(Inferer):
             inputs: label maps (B, 1, H, W), integers.
             network: :class:`monai_synth.networks.SPADEGenerator`.
             seeds: one per map; z is drawn from it where the network has an encoder, else the map alone decides.
+                Default: those from ``seed`` on.
             nodules: taken so that the cases of bundle lsdm fit; a GAN has nothing to guide, so they are not used.
             targets: as ``nodules``.
 
@@ -46,7 +55,7 @@ class SPADEGANInferer(Inferer):
             Images (B, 1, H, W) in [-1, 1].
         """
         seg = semantic_input(inputs, self.num_labels, self.collapse_nodule_labels)
-        generators = make_generators(seeds)
+        generators = make_generators(range(self.seed, self.seed + len(inputs)) if seeds is None else seeds)
         images = []
         with torch.no_grad():
             for i, generator in enumerate(generators):

@@ -69,16 +69,20 @@ class GivenMap:
             array = _resampled(array, size)
         if self.header is None:
             return _png(array)
-        if len(size) == 2:
-            array = np.swapaxes(array, 0, 1)[:, :, None]
-        if self.back is not None:
-            array = apply_orientation(array, self.back)
-        array = np.ascontiguousarray(array.reshape(*self.shape, *array.shape[3:]))
+        array = self.on_grid(array)
         image = nib.Nifti1Image(array, self.affine)
         for set_form, form in ((image.set_sform, "sform_code"), (image.set_qform, "qform_code")):
             set_form(self.affine, int(self.header[form]))
         image.header.set_xyzt_units("mm")
         return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
+
+    def on_grid(self, array: np.ndarray) -> np.ndarray:
+        """An array of the model's axes in those of the given NIfTI file."""
+        if self.labels.ndim == 2:
+            array = np.swapaxes(array, 0, 1)[:, :, None]
+        if self.back is not None:
+            array = apply_orientation(array, self.back)
+        return np.ascontiguousarray(array.reshape(*self.shape, *array.shape[3:]))
 
 
 def read_map(path: str | Path, *, dims: int, num_labels: int, axial: bool, slice_index: int | None = None) -> GivenMap:

@@ -38,17 +38,9 @@ _ALLOWED = (
     "autoencoder_epochs", "classifier_epochs", "patches", "patch_scale", "flips", "amp", "accumulate", "z_dim",
 )  # fmt: skip
 _THEIRS = (
-    "model",
-    "device",
-    "bundle_path",
-    "client_id",
-    "name",
-    "multi_gpu",
-    "gpus",
-    "local_rank",
-    "val_split",
+    "model", "device", "images", "bundle_path", "client_id", "name", "multi_gpu", "gpus", "local_rank", "val_split",
     "pretrained",
-)
+)  # fmt: skip
 
 
 def train_on_cases(
@@ -59,7 +51,8 @@ def train_on_cases(
     Args:
         served: the bundle.
         cases: id, image and label of each.
-        request: values for keys of the bundle's train.json; paths and code are refused.
+        request: values for keys of the bundle's train.json, and ``images``, ids of the cases to train on (default:
+            all); paths and code are refused.
         app_dir: data/, logs/ and model/ in it are written.
         device: where to train.
 
@@ -70,6 +63,7 @@ def train_on_cases(
         UserError: too few cases, files that do not fit, or a key that must not be set.
     """
     overrides = _overrides(served, request)
+    cases = _chosen(cases, request.get("images"))
     if len(cases) < LEAST_CASES:
         msg = f"{len(cases)} cases have a final label, training takes {LEAST_CASES} or more"
         raise UserError(f"{msg}; annotate and submit more, or make some and review them")
@@ -89,6 +83,19 @@ def train_on_cases(
     remember_run(str(served.app_models), str(models), str(dataset))
     sizes = {split: len(content[split]) for split in ("training", "validation", "test")}
     return {"model": served.name, "cases": [case for case, _, _ in cases], "run": run, **sizes}
+
+
+def _chosen(cases: Sequence[tuple[str, Path, Path]], images: Any) -> list[tuple[str, Path, Path]]:
+    """The cases that a request names, or all."""
+    if images in (None, "all"):
+        return list(cases)
+    there = {case[0]: case for case in cases}
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise UserError(f"images is {str(images)[:80]!r}; give a list of ids of cases")
+    lacking = [image for image in images if image not in there]
+    if lacking:
+        raise UserError(f"the case {lacking[0][:80]!r} has no final label; annotate and submit it, or leave it out")
+    return [there[image] for image in dict.fromkeys(images)]
 
 
 def _overrides(served: Served, request: Mapping[str, Any]) -> dict[str, Any]:
