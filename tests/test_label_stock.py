@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import BUNDLES
-from label_toy import AFFINE, as_nifti, semantic, write_models
+from label_toy import AFFINE, as_nifti, mask, semantic, write_models
 from PIL import Image
 
 from monai_synth.label.parameters import read_parameters
@@ -25,7 +25,7 @@ RESERVED = {
     "image", "label", "device", "model", "model_filename", "description", "result", "labels", "logging", "latencies",
     "points", "pred",
 }  # fmt: skip
-FROM_MAPS = ("lsdm", "spade_gan")
+FROM_MAPS = ("lsdm", "spade_gan", "jdm")
 
 
 def config(bundle: str, name: str) -> dict[str, Any]:
@@ -85,10 +85,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> dict[st
 def test_the_stock_task_gives_the_voxels_that_our_app_gives(
     bundle: str, stock: type, toy: dict[str, Path], tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    steps = {"num_steps": 3} if bundle == "lsdm" else {}
+    steps = {} if bundle == "spade_gan" else {"num_steps": 3}
+    label = mask(0) if bundle == "jdm" else semantic(tiny_dataset)
     flipped = np.diag([0.7, 0.8, 2.5, 1.0])  # axes against those of the model
     for name, affine in (("a", AFFINE), ("b", flipped)):
-        source = as_nifti(semantic(tiny_dataset), tmp_path / f"{name}.nii.gz", affine)
+        source = as_nifti(label, tmp_path / f"{name}.nii.gz", affine)
         task = stock(str(toy[bundle]), {})
         assert task.is_valid()
         assert {"seed", *steps} <= task.config().keys()
@@ -97,7 +98,7 @@ def test_the_stock_task_gives_the_voxels_that_our_app_gives(
         other, _ = task({"image": str(source), "device": "cpu", "seed": 6, **steps})
         image = nib.load(file)
         assert Path(file).read_bytes() == Path(again).read_bytes()
-        if bundle == "lsdm":  # the toy GAN has no noise, so it has no seeds
+        if bundle != "spade_gan":  # the toy GAN has no noise, so it has no seeds
             assert not np.array_equal(image.get_fdata(), nib.load(other).get_fdata())
         np.testing.assert_allclose(image.affine, affine, atol=1e-5)
         served = served_bundles({"bundles": bundle, "bundles_dir": str(toy[bundle].parent)}, tmp_path / "app")[bundle]
@@ -106,7 +107,7 @@ def test_the_stock_task_gives_the_voxels_that_our_app_gives(
         (tmp_path / f"out_{name}").mkdir()
         ours = sample_case(served, parameters, source=source, source_id="a", out=tmp_path / f"out_{name}")
         np.testing.assert_array_equal(np.squeeze(image.get_fdata()), np.squeeze(nib.load(ours.image).get_fdata()))
-        assert image.get_data_dtype() == np.int16
+        assert image.get_data_dtype() == (np.uint8 if bundle == "jdm" else np.int16)
 
 
 def test_the_stock_task_takes_pictures(stock: type, toy: dict[str, Path], tiny_dataset: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class JointInferer(Inferer):
             data), it is mostly closer to it than "fixed", and nowhere farther off by more than 0.004.
         num_ensemble: samples whose mean and standard deviation are given. They are made one after the other, so
             memory is that of the batch.
+        seed: of the first sample where no seeds are given.
 
     Raises:
         UserError: a setting out of range, or settings that do not go together.
@@ -66,6 +67,7 @@ class JointInferer(Inferer):
         gradient_scale: float = 0.0,
         known_noise: str | None = None,
         num_ensemble: int = 1,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if isinstance(resample, bool) or not isinstance(resample, int) or resample < 1:
@@ -88,19 +90,26 @@ class JointInferer(Inferer):
         self.gradient_scale = float(gradient_scale)
         self.known_noise = known_noise or "fresh"
         self.num_ensemble = num_ensemble
+        self.seed = seed
         self.alphas_cumprod = alphas_cumprod(schedule)
         self._scheduler()  # refuse wrong settings before any work
 
     def __call__(
-        self, known: Tensor, network: nn.Module, *, is_known: Tensor | None, seeds: Sequence[int]
-    ) -> dict[str, Tensor | None]:
+        self,
+        known: Tensor,
+        network: nn.Module,
+        *,
+        is_known: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> dict[str, Tensor | None] | Tensor:
         """Sample one x_0 for each seed.
 
         Args:
             known: (B, C, *S) in ``value_range`` where ``is_known``, anything elsewhere.
             network: called with (x_t, timesteps).
             is_known: booleans of that shape; None where nothing is known.
-            seeds: one for each sample.
+            seeds: one for each sample. Without any, those from ``seed`` on are taken, what is NaN is unknown, and
+                x_0 alone is given, as callers want it that know one tensor in and one out.
 
         Returns:
             ``x_0`` (B, C, *S), the known entries bit by bit as given; with an ensemble its mean, and ``std`` its
@@ -109,6 +118,10 @@ class JointInferer(Inferer):
         Raises:
             UserError: the network's channels do not fit ``learned_variance``.
         """
+        if seeds is None:
+            there = ~known.isnan()
+            seeds = range(self.seed, self.seed + len(known))
+            return self(known.nan_to_num(), network, is_known=there if there.any() else None, seeds=seeds)["x_0"]
         with torch.inference_mode(False), torch.no_grad():
             if is_known is not None:
                 # Tensors made in inference mode can never take part in a gradient.
