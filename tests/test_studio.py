@@ -313,6 +313,14 @@ def test_one_user_generates_once_at_a_time_and_cancels_while_waiting(studio: Stu
     studio.generate(first, "jdm", ask(), with_map=False)
 
 
+def test_a_click_gives_one_turn_and_a_second_click_none(studio: Studio) -> None:
+    session = studio.session("a")
+    session.begin()
+    with pytest.raises(UserError, match="waiting or running"):
+        session.begin()
+    assert [session.take_turn(), session.take_turn()] == [True, False]
+
+
 def test_users_take_turns_and_do_not_see_each_others_images(studio: Studio) -> None:
     order: list[str] = []
 

@@ -32,7 +32,7 @@ CHROMIUM = os.environ.get("MONAI_SYNTH_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
-PATIENCE = 60_000  # ms that a page may take on a busy machine
+PATIENCE = 20_000  # ms that a page may take on a busy machine
 
 
 def lacks(*modules: str) -> bool:

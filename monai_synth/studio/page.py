@@ -50,15 +50,24 @@ DEMO = {
 }
 
 
-def told(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Show what a user can mend as one message, and hide the insides of everything else."""
+def told(action: Callable[..., Any], outputs: int, line: int) -> Callable[..., Any]:
+    """Show what a user can mend in a line of the page, where it stays and is read out; all else stays as it is.
+
+    Args:
+        action: of an event.
+        outputs: how many it has.
+        line: which of them is the line of text.
+    """
 
     @functools.wraps(action)
     def call(*args: Any, **options: Any) -> Any:
         try:
             return action(*args, **options)
         except (UserError, OSError) as error:
-            raise gr.Error(" ".join(str(error).split()), duration=None, print_exception=False) from error
+            text = html.escape(" ".join(str(error).split()))
+            given = [gr.skip() for _ in range(outputs)]
+            given[line] = f'<p role="alert"><strong>Error:</strong> {text}</p>'
+            return given[0] if outputs == 1 else tuple(given)
 
     return call
 
@@ -290,24 +299,24 @@ class BundleTab:
         if self.editor is not None:
             self._wire_map()
         before = [x for x in (self.editor, self.whole) if x is not None]
-        begun = self.go.click(told(self._begin), [*before], [self.told], queue=False, api_name=False)
+        begun = self.go.click(told(self._begin, 1, 0), [*before], [self.told], queue=False, api_name=False)
         begun.success(
-            told(self._generate), [*([self.whole] if self.whole else []), self.show_map, *self.inputs],
+            told(self._generate, 3, 1), [*([self.whole] if self.whole else []), self.show_map, *self.inputs],
             [self.gallery, self.told, self.file], concurrency_id="sampling", concurrency_limit=1,
-            api_name=f"{self.bundle}_generate", show_progress_on=self.told,
+            api_name=False, show_progress_on=self.told,
         )  # fmt: skip
         self.stop.click(self._cancel, None, [self.told], queue=False, api_name=False)
         self.show_map.change(self._show, [self.show_map], [self.gallery], queue=False, api_name=False)
-        self.pack.click(told(self._pack), [self.form], [self.file], api_name=False)
+        self.pack.click(told(self._pack, 2, 1), [self.form], [self.file, self.told], api_name=False)
 
     def _wire_map(self) -> None:
         shown = [self.editor, self.map_status]
         if self.place.cases():
-            self.take.click(told(self._take), [self.case], shown, api_name=False)
-        self.upload.upload(told(self._upload), [self.upload, self.resize], shown, api_name=False)
+            self.take.click(told(self._take, 2, 1), [self.case], shown, api_name=False)
+        self.upload.upload(told(self._upload, 2, 1), [self.upload, self.resize], shown, api_name=False)
         places = [self.editor, self.stamp_label, self.row, self.column, self.diameter]
-        self.press.click(told(self._stamp), places, shown, api_name=False)
-        self.clear.click(told(self._empty), None, shown, api_name=False)
+        self.press.click(told(self._stamp, 2, 1), places, shown, api_name=False)
+        self.clear.click(told(self._empty, 2, 1), None, shown, api_name=False)
 
     def begin_map(self, request: gr.Request) -> tuple[Any, ...]:
         """The empty map of a new session, to draw on."""
@@ -347,6 +356,8 @@ class BundleTab:
         *given: Any,
     ) -> tuple[Any, ...]:
         session, values = self._session(request), list(given)
+        if not session.take_turn():
+            return gr.skip(), gr.skip(), gr.skip()
         with_map = values.pop(0) == "mask" if self.whole is not None else True
         show_map = values.pop(0)
         try:
@@ -379,7 +390,8 @@ class BundleTab:
         run = session.runs.get(self.bundle)
         if run is None:
             raise UserError("nothing was generated yet; press Generate first")
-        return gr.update(value=str(write_zip(run, session.folder, form)), visible=True)
+        path = write_zip(run, session.folder, form)
+        return gr.update(value=str(path), visible=True), status(f"{path.name} is ready.")
 
 
 def _editor_value(picture: np.ndarray) -> dict[str, Any]:

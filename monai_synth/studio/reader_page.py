@@ -24,7 +24,7 @@ _RATINGS = [
 ]  # fmt: skip
 
 
-def reader_tab(studio: Studio, told: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def reader_tab(studio: Studio, told: Callable[..., Callable[..., Any]]) -> None:
     """Build it.
 
     Args:
@@ -74,7 +74,7 @@ def reader_tab(studio: Studio, told: Callable[[Callable[..., Any]], Callable[...
             raise UserError("this case is answered; press Next case")
         factor = _factor(case)
         place = (int(event.index[1] // factor), int(event.index[0] // factor))
-        return _drawn(case, place), *place
+        return _drawn(case, place), *place, gr.skip()
 
     def decide(
         at_row: float | None, at_column: float | None, rated: int | None, request: gr.Request
@@ -96,11 +96,11 @@ def reader_tab(studio: Studio, told: Callable[[Callable[..., Any]], Callable[...
 
     shown = [picture, told_line, totals]
     fields = [row, column, rating]
-    start.click(told(begin), [bundle, source, seed], [*shown, *fields], api_name=False)
-    picture.select(told(mark), None, [picture, row, column], api_name=False)
-    answer.click(told(decide), fields, shown, api_name=False)
-    none.click(told(reject), None, shown, api_name=False)
-    onward.click(told(following), None, [*shown, *fields], api_name=False)
+    start.click(told(begin, 6, 1), [bundle, source, seed], [*shown, *fields], api_name=False)
+    picture.select(told(mark, 4, 3), None, [picture, row, column, told_line], api_name=False)
+    answer.click(told(decide, 3, 1), fields, shown, api_name=False)
+    none.click(told(reject, 3, 1), None, shown, api_name=False)
+    onward.click(told(following, 6, 1), None, [*shown, *fields], api_name=False)
 
 
 _DONE = (-1.0, -1.0)  # in place of a session's mark once its case is answered

@@ -45,6 +45,7 @@ class Session:
     mark: tuple[float, float] | None = None
     _cancel: threading.Event = field(default_factory=threading.Event)
     _busy: bool = False
+    _has_turn: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
@@ -56,8 +57,14 @@ class Session:
         with self._lock:
             if self._busy:
                 raise UserError("a generation of yours is waiting or running; wait for it, or cancel it")
-            self._busy = True
+            self._busy = self._has_turn = True
             self._cancel.clear()
+
+    def take_turn(self) -> bool:
+        """Whether `begin` was passed and nothing was sampled for it yet; true once."""
+        with self._lock:
+            had, self._has_turn = self._has_turn, False
+            return had
 
     def cancel(self) -> bool:
         """Stop what is waiting or running, at its next step; False where nothing is."""
