@@ -223,6 +223,8 @@ def test_every_option_says_its_default_and_every_number_its_range() -> None:
         "experiment lsdm",
         "package",
         "convert",
+        "label-app",
+        "studio",
     }
     for parser in parsers:
         parser.format_help()  # a stray % would raise here
