@@ -178,6 +178,20 @@ def says(page: Any, name: str, text: str) -> None:
     )
 
 
+def draw(tab: Any) -> None:
+    """A stroke of the brush in the middle of the map."""
+    canvas = tab.locator("#lsdm-editor canvas").first
+    canvas.scroll_into_view_if_needed()
+    tab.locator("#lsdm-editor").get_by_role("button", name="Brush", exact=True).click()
+    box = canvas.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(*middle)
+    tab.mouse.down()
+    tab.mouse.move(middle[0] + 15, middle[1] + 8, steps=5)
+    tab.mouse.up()
+    tab.wait_for_timeout(1500)
+
+
 def panel(page: Any) -> Any:
     return page.locator("[role=tabpanel]:visible").first
 
@@ -190,16 +204,11 @@ def test_upload_draw_generate_and_download(tab: Any, tmp_path: Path) -> None:
     Image.fromarray(label).save(tmp_path / "my map.png")
     tab.locator("#lsdm-upload input[type=file]").set_input_files(tmp_path / "my map.png")
     says(tab, "body", "Labels in it: background, lung.")
-    canvas = tab.locator("#lsdm-editor canvas").first
-    canvas.scroll_into_view_if_needed()
-    tab.locator("#lsdm-editor").get_by_role("button", name="Brush", exact=True).click()
-    box = canvas.bounding_box()
-    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    tab.mouse.move(*middle)
-    tab.mouse.down()
-    tab.mouse.move(middle[0] + 15, middle[1] + 8, steps=5)
-    tab.mouse.up()
-    tab.wait_for_timeout(1500)
+    if tab.viewport_size["width"] == WIDTHS["desk"][0]:
+        draw(tab)
+    else:  # where there is little room a nodule is stamped
+        tab.click("#lsdm-stamp")
+        says(tab, "body", "Stamped nodule_malignant")
     tab.click("#lsdm-generate")
     says(tab, "#lsdm-status", "4 images, seeds from 0")
     assert tab.locator("#lsdm-gallery img").count() >= 4
