@@ -191,6 +191,7 @@ def test_long_sampling_is_sent_to_the_batch_endpoint_which_makes_cases_of_every_
     refused = server.infer("lsdm", num_steps=51)
     assert refused.status_code == 400
     assert "/batch/infer/lsdm" in refused.json()["detail"]
+    assert server.infer("lsdm", num_steps=51, in_batch=True).status_code == 400
     content = {"num_steps": 3, "num_samples": 2, "seed": 5, "device": "cpu"}
     assert server.post("/batch/infer/lsdm?images=all", content).status_code == 200
     assert server.wait("/batch/infer/")["status"] == "DONE"

@@ -118,7 +118,7 @@ class SynthBatch(BatchInferTask):
                 asked = {k: v for k, v in request.items() if k not in ("images", "num_samples", "case_id")}
                 asked |= {"image": image or "none", "seed": seed, "add_to_datastore": True, "case_id": case_id}
                 try:
-                    made = infer({**asked, "in_batch": True}, datastore)
+                    made = infer(asked, datastore)
                     Path(made["file"]).unlink(missing_ok=True)
                     result[case_id] = {"added": True, "seed": seed}
                 except HTTPException as error:
@@ -182,9 +182,12 @@ class SynthApp(MONAILabelApp):
 
     def batch_infer(self, request: Mapping[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Make many cases; see `SynthBatch`."""
-        return _answered(
-            lambda: self._known(request, "batch") and super(SynthApp, self).batch_infer(request, datastore)
-        )
+        store = datastore or self.datastore()
+
+        def infer(asked: Mapping[str, Any], to: Any) -> dict[str, Any]:
+            return _answered(lambda: self._infer(dict(asked), to, in_batch=True))
+
+        return _answered(lambda: self._known(request, "batch") and self._batch_infer(request, store, infer))
 
     def next_sample(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The next case; without a strategy one for review."""
@@ -196,10 +199,9 @@ class SynthApp(MONAILabelApp):
             raise UserError(f"there is no model {str(model)[:80]!r} to {what}; served are {', '.join(self.served)}")
         return self.served[str(model)]
 
-    def _infer(self, request: dict[str, Any], datastore: Any) -> dict[str, Any]:
+    def _infer(self, request: dict[str, Any], datastore: Any, *, in_batch: bool = False) -> dict[str, Any]:
         served = self._known(request, "infer")
         task = self._infers[served.name]
-        in_batch = request.pop("in_batch", False) is True
         parameters = read_parameters(
             {**task.config(), **request}, served.name, max_steps=None if in_batch else self.max_steps
         )
