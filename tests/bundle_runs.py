@@ -103,18 +103,19 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["monai.bundle", "mlflow", "ignite.handlers", "monai_synth.bundle"])
 
 
-def _run_module(arguments: list[str], log: str) -> None:
+def _run_module(arguments: list[str], log: str, variables: dict[str, str]) -> None:
     with open(log, "wb", buffering=0) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
+    os.environ |= variables
     sys.argv = arguments[2:]
     runpy.run_module(arguments[2], run_name="__main__", alter_sys=True)
 
 
 @contextlib.contextmanager
-def forked(arguments: list[str], log: Path) -> Iterator[Any]:
+def forked(arguments: list[str], log: Path, **variables: str) -> Iterator[Any]:
     """A process that does what ``python -m MODULE ...`` does, with what it prints in a file; killed with the block."""
-    process = FORKED.Process(target=_run_module, args=(arguments, str(log)))
+    process = FORKED.Process(target=_run_module, args=(arguments, str(log), variables))
     process.start()
     try:
         yield process
@@ -125,12 +126,23 @@ def forked(arguments: list[str], log: Path) -> Iterator[Any]:
 
 def run_forked(arguments: list[str]) -> str:
     """Run a command to its end, which must be a good one, and return what it printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with forked(arguments, log) as process:
+    return _run_to_the_end(arguments, [{}])
+
+
+def run_two_forked(arguments: list[str], port: int) -> None:
+    """Run a command in two processes that know of each other by what ``torchrun`` tells them."""
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _run_to_the_end(arguments, [both | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
+
+
+def _run_to_the_end(arguments: list[str], each: list[dict[str, str]]) -> str:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        logs = [Path(folder) / str(i) for i in range(len(each))]
+        processes = [stack.enter_context(forked(arguments, log, **more)) for log, more in zip(logs, each, strict=True)]
+        for process in processes:
             process.join()
-        printed = log.read_text()
-    assert process.exitcode == 0, printed[-2000:]
+        printed = "".join(log.read_text() for log in logs)
+        assert [process.exitcode for process in processes] == [0] * len(each), printed[-3000:]
     return printed
 
 

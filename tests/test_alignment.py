@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BUNDLES, command, kill_when_there, options, run, run_forked, user_error, workflow
+from bundle_runs import (
+    BUNDLES,
+    command,
+    kill_when_there,
+    options,
+    run,
+    run_forked,
+    run_two_forked,
+    user_error,
+    workflow,
+)
 from expert_toy import write_classifier
 from ignite.engine import Engine
 from monai.engines import SupervisedTrainer
@@ -577,5 +587,5 @@ def test_two_processes_take_the_mean_of_the_gradients_of_network_and_projection(
 def test_two_processes_train_with_the_overlay(data: dict, tmp_path: Path) -> None:
     values = TINY["cfg_ddpm"] | places(tmp_path, data["cfg_ddpm"]["dataset_dir"]) | data["cfg_ddpm"] | {"w2": 0.5}
     files = str([str(BUNDLES / "cfg_ddpm" / "configs" / name) for name in (*CONFIGS, "multi_gpu_train.json")])
-    torchrun(29618, *command("training", "--config_file", files, *options(values))[1:])
+    run_two_forked(command("training", "--config_file", files, *options(values)), port=29618)
     assert load_file(tmp_path / "models" / "model.pt")["contract"]["alignment"]["w2"] == 0.5

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,18 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BUNDLES, command, kill_when_there, options, places_of, run, run_forked, user_error, workflow
+from bundle_runs import (
+    BUNDLES,
+    command,
+    kill_when_there,
+    options,
+    places_of,
+    run,
+    run_forked,
+    run_two_forked,
+    user_error,
+    workflow,
+)
 from monai.bundle import verify_net_in_out
 from PIL import Image
 from source_images import shades
@@ -251,18 +260,13 @@ def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(d
 
 @pytest.mark.slow
 def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29614"]
     places = {"dataset_dir": str(dataset), "ckpt_dir": str(tmp_path / "models"), "latest_dir": str(tmp_path)}
     for config, ids, values in (
-        ("train.json", ["training"], TINY | {"output_dir": str(tmp_path / "eval")}),
+        ("train.json", ["training"], TINY | {"accumulate": 2, "output_dir": str(tmp_path / "eval")}),
         ("inference.json", [], {"per_class": 3, "num_steps": 3, "output_dir": str(tmp_path / "out")}),
     ):
         files = str([str(CONFIGS / n) for n in (config, "multi_gpu_train.json")])
-        done = subprocess.run(
-            [*torchrun, *command(*ids, "--config_file", files, *options(places | values))[1:]],
-            capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        run_two_forked(command(*ids, "--config_file", files, *options(places | values)), port=29614)
     assert len(read_dataset(tmp_path / "out").content["training"]) == 6
 
 

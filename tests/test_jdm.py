@@ -15,7 +15,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import BUNDLES, command, kill_when_there, options, places_of, run, run_forked, user_error, workflow
+from bundle_runs import (
+    BUNDLES,
+    command,
+    kill_when_there,
+    options,
+    places_of,
+    run,
+    run_forked,
+    run_two_forked,
+    user_error,
+    workflow,
+)
 from monai.bundle import verify_net_in_out
 from PIL import Image
 
@@ -264,7 +275,6 @@ def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(d
 
 @pytest.mark.slow
 def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
     places = {"dataset_dir": str(dataset), "ckpt_dir": str(tmp_path / "models"), "latest_dir": str(tmp_path)}
     for config, ids, values in (
         ("train.json", ["training"], TINY | {"output_dir": str(tmp_path / "eval")}),
@@ -272,15 +282,12 @@ def test_two_processes_train_and_sample_together(dataset: Path, tmp_path: Path) 
                                 "max_attempts": 256}),
     ):  # fmt: skip
         files = str([str(CONFIGS / n) for n in (config, "multi_gpu_train.json")])
-        done = subprocess.run(
-            [*torchrun, *command(*ids, "--config_file", files, *options(places | values))[1:]],
-            capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        run_two_forked(command(*ids, "--config_file", files, *options(places | values)), port=29613)
     assert len(list((tmp_path / "out" / "Dataset910_JDM" / "labelsTr").iterdir())) == 5
 
     values = places | {"num_samples": 3, "num_steps": 1, "output_dir": str(tmp_path / "none"), "max_attempts": 1}
     values["filters"] = {"min_foreground": 0.9999}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
     done = subprocess.run(
         [*torchrun, *command("--config_file", files, *options(values))[1:]],
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
