@@ -100,7 +100,9 @@ def started(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]:
 # Importing MONAI costs a process ten seconds of a core. Commands that start no processes of their own are thus run by
 # processes forked from one that has imported it.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["monai.bundle", "mlflow", "ignite.handlers", "monai_synth.bundle"])
+FORKED.set_forkserver_preload(
+    ["monai.bundle", "mlflow.store.tracking.sqlalchemy_store", "matplotlib.pyplot", "diffusers", "monai_synth.training"]
+)
 
 
 def _run_module(arguments: list[str], log: str, variables: dict[str, str]) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
+from monai.handlers import MLFlowHandler
 from PIL import Image
 
 from monai_synth.data.semantic import FEATURES, LABELS
@@ -36,6 +41,25 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real verification images are not at {folder}; set MONAI_SYNTH_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _new_databases_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow takes seconds to make its tables; here a training's new database begins as a copy of an empty one."""
+    empty = tmp_path_factory.mktemp("mlflow") / "mlruns.db"
+    begin = MLFlowHandler.__init__
+
+    def copied(self: MLFlowHandler, tracking_uri: str | None = None, *args: Any, **options: Any) -> None:
+        path = Path(str(tracking_uri).removeprefix("sqlite:///"))
+        if path.name == empty.name and not path.exists():
+            if not empty.exists():
+                MlflowClient(f"sqlite:///{empty}").search_experiments()
+            shutil.copyfile(empty, path)
+        begin(self, tracking_uri, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MLFlowHandler, "__init__", copied)
+        yield
 
 
 @pytest.fixture(autouse=True)

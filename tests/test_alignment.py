@@ -509,7 +509,7 @@ def test_an_aligned_training_that_was_killed_resumes_to_the_weights_of_one_that_
     weights = []
     ramp = {"shape": "linear", "start": 0.0, "end": 1.0, "between": [0.0, 0.5]}
     for way in ("whole", "killed"):
-        values = TINY["cfg_ddpm"] | data["cfg_ddpm"] | {"max_epochs": 16, "w2": ramp}
+        values = TINY["cfg_ddpm"] | data["cfg_ddpm"] | {"max_epochs": 16, "val_interval": 16, "w2": ramp}
         values |= places(tmp_path / way, data["cfg_ddpm"]["dataset_dir"])
         files = str([str(BUNDLES / "cfg_ddpm" / "configs" / name) for name in CONFIGS])
         run_it = command("training", "--config_file", files, *options(values))

@@ -244,7 +244,7 @@ def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(d
     weights = []
     for way in ("whole", "killed"):
         values = TINY | {
-            "max_epochs": 16, "class_sampling": "balanced", "dataset_dir": str(dataset),
+            "max_epochs": 16, "val_interval": 16, "class_sampling": "balanced", "dataset_dir": str(dataset),
             "ckpt_dir": str(tmp_path / way), "output_dir": str(tmp_path / f"eval_{way}"), "latest_dir": str(tmp_path),
         }  # fmt: skip
         run_it = command("training", "--config_file", str(CONFIGS / "train.json"), *options(values))

@@ -458,7 +458,7 @@ def test_a_training_that_was_killed_resumes_to_the_weights_of_one_that_was_not(
     for name in ("whole", "killed"):
         found[name] = places(tmp_path / name, tiny_dataset)
         run_it = command("training", "--config_file", str(SPADE_GAN / "configs" / "train.json"))
-        run_it += options(TINY | {"max_epochs": 6} | found[name])
+        run_it += options(TINY | {"max_epochs": 6, "val_interval": 6} | found[name])
         if name == "killed":
             kill_when_there(run_it, Path(found[name]["ckpt_dir"]) / "last_model.pt")
             assert not (Path(found[name]["ckpt_dir"]) / "model.pt").exists()
