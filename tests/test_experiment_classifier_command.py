@@ -48,7 +48,7 @@ def test_an_interrupt_ends_all_processes_and_scores_what_is_done(tmp_path, worke
     write_both(tmp_path)
     program = f"import sys; sys.path[:0] = {sys.path!r}; from monai_synth.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["experiment", "classifier", *(f"--{k}={tmp_path / k}" for k in ("real", "synthetic", "out"))]
-    arguments += f"--seeds 3 --epochs 60 --batch-size 8 --workers {workers} --device cpu --bootstrap 20".split()
+    arguments += f"--seeds 3 --epochs 12 --batch-size 8 --workers {workers} --device cpu --bootstrap 20".split()
     with started([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("[2/"):
