@@ -20,10 +20,10 @@ from monai_synth import cli
 from monai_synth.data.datalist import read_dataset
 from monai_synth.errors import UserError
 from monai_synth.label import training
-from monai_synth.label.maps import read_map, read_slice
+from monai_synth.label.maps import check_image, read_map, read_slice
 from monai_synth.label.parameters import read_parameters
 from monai_synth.label.served import Served, sample_case, served_bundles
-from monai_synth.label.store import safe_case_id
+from monai_synth.label.store import check_file_name, safe_case_id
 
 FLIPPED = np.diag([0.7, 0.8, 2.5, 1.0])
 TURNED = np.array([[0, -0.7, 0, 9], [-0.8, 0, 0, 8], [0, 0, 2.5, 7], [0, 0, 0, 1.0]])
@@ -112,6 +112,23 @@ def test_values_that_are_no_labels_are_refused(array: np.ndarray, told: str, tmp
         read_map(tmp_path / "a.nii.gz", dims=2, num_labels=8, axial=True)
 
 
+def test_a_small_file_that_claims_many_voxels_is_refused_unread(tmp_path: Path) -> None:
+    header = nib.Nifti1Header()
+    header.set_data_shape((30000, 30000, 30))
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + bytes(4))
+    with pytest.raises(UserError, match="27000000000 voxels"):
+        read_map(tmp_path / "a.nii", dims=2, num_labels=8, axial=True, slice_index=0)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.png", "a.jpg", "a.tif", "a.exe", "a", "a.nrrd"])
+def test_a_datastore_takes_no_file_that_is_no_image(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"none")
+    with pytest.raises(UserError, match=r"cannot be read|allowed are \.nii, "):
+        check_image(tmp_path / name)
+    as_nifti(mask(0), tmp_path / "good.nii.gz")
+    check_image(tmp_path / "good.nii.gz")
+
+
 # Sampling
 
 
@@ -136,7 +153,8 @@ def test_a_map_of_another_size_is_refused_or_resized_and_its_grid_kept(
 
 
 def test_what_is_served_must_be_there_and_of_the_bundle(served: dict[str, Served], tmp_path: Path) -> None:
-    for text, told in (("", "no bundle"), ("vae", "vae"), ("jdm,jdm", "twice"), ("jdm=/nowhere", "no folder")):
+    texts = (("", "no bundle"), ("vae", "vae"), ("lsdm,fad", "studio"), ("jdm,jdm", "twice"), ("jdm=/x", "no folder"))
+    for text, told in texts:
         with pytest.raises(UserError, match=told):
             served_bundles({"bundles": text, "bundles_dir": str(BUNDLES)}, tmp_path)
     other = {"bundles": f"jdm={served['spade_gan'].ckpt_dir}", "bundles_dir": str(BUNDLES)}
@@ -176,6 +194,13 @@ def test_a_case_id_is_a_plain_file_name_without_a_dot(text: str) -> None:
     assert safe.replace("-", "").replace("_", "").isalnum() or set(safe) <= set("-_")
     assert safe.isascii()
     assert 0 < len(safe) < 180
+
+
+@pytest.mark.parametrize("text", ["../a", "a/b", "a\\b", ".hidden", "", "a\0", "x" * 201, "C:a", None])
+def test_an_image_may_not_be_called_what_is_no_plain_file_name(text: Any) -> None:
+    with pytest.raises(UserError, match="case id"):
+        check_file_name("the case id", text)
+    check_file_name("the case id", "CT chest 1.5 mm (2)")
 
 
 def test_different_case_ids_stay_different() -> None:

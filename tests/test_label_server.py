@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from monai_synth.label.folder import write_label_app
 
 pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own; run .ci/label")
 requests = pytest.importorskip("requests")
+
+
+ADDED = {"add_to_datastore": True}
 
 
 class Server:
@@ -48,9 +52,18 @@ class Server:
     def post(self, path: str, content: dict[str, Any]) -> Any:
         return requests.post(self.url + path, json=content)
 
+    def put(self, place: str, name: str, content: bytes, **query: Any) -> Any:
+        """Send an image or a label to the datastore."""
+        field = "file" if place == "image" else "label"
+        address = f"{self.url}/datastore/{place}"
+        return requests.put(address, params=query, files={field: (name, content)}, data={"params": "{}"})
+
+    def cases(self) -> dict[str, Any]:
+        return self.get("/datastore/?output=all").json()["objects"]
+
     def wait(self, path: str) -> dict[str, Any]:
         """The status of a background task when it is over."""
-        while (status := self.get(path).json())["status"] in ("PENDING", "RUNNING"):
+        while (status := self.get(path).json())["status"] in ("SUBMITTED", "RUNNING"):
             time.sleep(0.5)
         return status
 
@@ -154,7 +167,7 @@ def test_a_case_that_is_added_carries_its_label_and_where_it_comes_from(server: 
     case = answer["case_id"]
     assert "/" not in case
     assert "." not in case
-    objects = server.get("/datastore/?output=all").json()["objects"]
+    objects = server.cases()
     info = objects[case]["image"]["info"]
     assert info["synthetic"]["seed"] == 21
     assert info["synthetic"]["checkpoints"].keys() >= {"model.pt", "autoencoder.pt"}
@@ -173,14 +186,11 @@ def test_a_case_that_is_added_carries_its_label_and_where_it_comes_from(server: 
 def test_cases_for_review_come_one_by_one_and_those_reviewed_are_listed_for_training(server: Server) -> None:
     server.infer("lsdm", output="json", seed=31, num_steps=3, add_to_datastore=True, case_id="review_me")
     offered = server.post("/activelearning/synthetic", {}).json()["id"]
-    waiting = {k for k, v in server.get("/datastore/?output=all").json()["objects"].items()
+    waiting = {k for k, v in server.cases().items()
                if "synthetic" in v["image"]["info"] and "final" not in v["labels"]}  # fmt: skip
     assert offered in waiting
     label = (server.studies / "labels" / "original" / f"{offered}.nii.gz").read_bytes()
-    answer = requests.put(
-        f"{server.url}/datastore/label", params={"image": offered, "tag": "final"},
-        files={"label": (f"{offered}.nii.gz", label)}, data={"params": "{}"},
-    )  # fmt: skip
+    answer = server.put("label", f"{offered}.nii.gz", label, image=offered, tag="final")
     assert answer.status_code == 200, answer.text
     assert server.post("/activelearning/synthetic", {}).json().get("id") != offered
     listed = server.get("/datastore/?output=train").json()
@@ -194,10 +204,19 @@ def test_long_sampling_is_sent_to_the_batch_endpoint_which_makes_cases_of_every_
     assert server.infer("lsdm", num_steps=51, in_batch=True).status_code == 400
     content = {"num_steps": 3, "num_samples": 2, "seed": 5, "device": "cpu"}
     assert server.post("/batch/infer/lsdm?images=all", content).status_code == 200
+    added = 0
+    while server.get("/batch/infer/").json()["status"] in ("SUBMITTED", "RUNNING"):  # requests go on meanwhile
+        answer = server.infer("jdm", "none", "json", condition="none", seed=100 + added, num_steps=1, **ADDED)
+        assert answer.status_code == 200, answer.text
+        added += 1
+        time.sleep(0.5)
     assert server.wait("/batch/infer/")["status"] == "DONE"
-    objects = server.get("/datastore/?output=all").json()["objects"]
+    objects = server.cases()
     made = {f"synthetic_lsdm_{m}_s{s:06d}" for m in ("map1", "map2") for s in (5, 6)}
-    assert made <= set(objects)
+    made |= {f"synthetic_jdm_s{100 + number:06d}" for number in range(added)}
+    assert added
+    assert [case for case in made if "synthetic" not in objects[case]["image"]["info"]] == []
+    assert [case for case in made if "original" not in objects[case]["labels"]] == []
     alone = server.infer("lsdm", "map2", seed=6, num_steps=3).content
     assert (server.studies / "synthetic_lsdm_map2_s000006.nii.gz").read_bytes() == alone
 
@@ -233,46 +252,98 @@ def test_files_that_are_no_maps_are_refused(server: Server, name: str, content: 
     assert "map" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "query", "told"),
+    [
+        ("image", "a.exe", {"image": "bad"}, ".exe"),
+        ("image", "a.nii.gz", {"image": "bad"}, "cannot be read"),
+        ("image", "a.png", {"image": "../../bad"}, "case id"),
+        ("image", "..png", {}, "case id"),
+        ("label", "a.png", {"image": "map1", "tag": "../../bad"}, "tag"),
+        ("label", "a.nii.gz", {"image": "map1", "tag": "bad"}, "cannot be read"),
+        ("label", "a.png", {"image": "nobody", "tag": "final"}, "no such case"),
+    ],
+)
+def test_the_datastore_takes_nothing_that_is_no_image_and_nothing_to_another_place(
+    server: Server, tmp_path: Path, place: str, name: str, query: dict[str, str], told: str
+) -> None:
+    Image.fromarray(mask(0)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes() if name.endswith(".png") else b"MZ"
+    before = server.cases()
+    answer = server.put(place, name, content, **query)
+    assert answer.status_code in (400, 404), answer.text
+    assert told in answer.json()["detail"]
+    assert server.cases() == before
+    assert [p for p in server.studies.parent.rglob("*") if p.name.startswith("bad")] == []
+
+
+def test_of_two_requests_at_once_for_one_case_id_one_adds_it_and_the_other_is_told(server: Server) -> None:
+    def ask(seed: int) -> Any:
+        return server.infer("jdm", "none", "json", condition="none", seed=seed, num_steps=2, case_id="one", **ADDED)
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = sorted(pool.map(ask, (1, 2)), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert "already" in answers[1].json()["detail"]
+    assert server.cases()["one"]["image"]["info"]["synthetic"]["seed"] == answers[0].json()["synthetic"]["seed"]
+
+
+def test_files_of_another_bundle_are_refused_also_where_they_come_while_the_server_runs(server: Server) -> None:
+    model, other = (Path(server.models[name]) / "model.pt" for name in ("spade_gan", "jdm"))
+    kept = model.read_bytes()
+    try:
+        model.write_bytes(other.read_bytes())
+        answer = server.infer("spade_gan")
+    finally:
+        model.write_bytes(kept)
+    assert answer.status_code == 400
+    assert "trained by the bundle 'jdm'" in answer.json()["detail"]
+
+
 def test_an_unknown_model_is_told(server: Server) -> None:
     answer = server.infer("nothing")
     assert answer.status_code == 400
     assert "lsdm" in answer.json()["detail"]
 
 
-def test_training_takes_annotated_pairs_and_its_model_is_served_from_then_on(
-    server: Server, tmp_path_factory: pytest.TempPathFactory
+def test_training_takes_annotated_pairs_can_be_stopped_and_its_model_is_served_from_then_on(
+    server: Server, tmp_path: Path
 ) -> None:
-    refused = server.post("/train/jdm?run_sync=true", {"dataset_dir": "/etc"})
-    assert refused.status_code == 400
-    before = server.infer("jdm", "none", condition="none", seed=3, num_steps=3).content
-    for number in range(4):
+    def sample() -> bytes:
+        return server.infer("jdm", "none", condition="none", seed=3, num_steps=3).content
+
+    names = [f"cell{number}" for number in range(4)]
+    for number, name in enumerate(names):
         grey = np.where(mask(number) > 0, 200, 60).astype(np.uint8)
-        case = f"cell{number}"
-        parts = ((grey, {"image": case}, "image"), (mask(number), {"image": case, "tag": "final"}, "label"))
-        for image, params, place in parts:
-            path = tmp_path_factory.mktemp("cell") / f"cell{number}.png"
-            Image.fromarray(image).save(path)
-            field = "file" if place == "image" else "label"
-            sent = requests.put(
-                f"{server.url}/datastore/{place}", params=params, files={field: (path.name, path.read_bytes())},
-                data={"params": "{}"},
-            )  # fmt: skip
+        for place, array, query in (("image", grey, {}), ("label", mask(number), {"tag": "final"})):
+            Image.fromarray(array).save(tmp_path / "a.png")
+            sent = server.put(place, "a.png", (tmp_path / "a.png").read_bytes(), image=name, **query)
             assert sent.status_code == 200, sent.text
+    listed = [pair for pair in server.get("/datastore/?output=train").json() if "cell" in pair["image"]]
+    assert len(listed) == 4
+    before, latest = sample(), BUNDLES / "jdm" / "models" / "latest.json"
+    remembered = latest.read_bytes() if latest.is_file() else None
+    # CT slices that were reviewed have a final label too, and are none of this model's
     settings = {
-        "image_size": [32, 32], "num_iterations": 2, "iterations_per_epoch": 1, "batch_size": 2, "val_interval": 1,
+        "images": names, "image_size": [32, 32], "iterations_per_epoch": 1, "batch_size": 2, "val_interval": 1,
         "save_interval": 1, "device": "cpu",
     }  # fmt: skip
-    labelled = [pair for pair in server.get("/datastore/?output=train").json() if "cell" in pair["image"]]
-    assert len(labelled) == 4
-    # CT slices that were reviewed have a final label too, and are none of this model's
-    settings["images"] = [f"cell{number}" for number in range(4)]
-    assert server.post("/train/jdm", settings).status_code == 200
-    status = server.wait("/train/")
-    assert status["status"] == "DONE", status
-    (model,) = (server.app / "model" / "jdm").glob("*/model.pt")
-    assert model.is_file()
-    assert (
-        not (BUNDLES / "jdm" / "models" / "latest.json").is_file()
-        or model.parent.name not in (BUNDLES / "jdm" / "models" / "latest.json").read_text()
-    )
-    assert server.infer("jdm", "none", condition="none", seed=3, num_steps=3).content != before
+    for bad, told in (({"dataset_dir": "/etc"}, "dataset_dir"), ({"batch_size": 0}, "batch_size")):
+        refused = server.post("/train/jdm?run_sync=true", {**settings, **bad})
+        assert refused.status_code == 400, refused.text
+        assert told in refused.json()["detail"]
+
+    assert server.post("/train/jdm", {**settings, "num_iterations": 100_000}).status_code == 200
+    while not list((server.app / "model" / "jdm").glob("*/last_model.pt")):  # it has begun to step
+        assert server.get("/train/").json()["status"] in ("SUBMITTED", "RUNNING"), server.get("/train/").json()
+        time.sleep(0.5)
+    assert server.post("/train/jdm", settings).status_code == 429  # one at a time
+    assert requests.delete(f"{server.url}/train/").status_code == 200
+    assert server.wait("/train/")["status"] == "STOPPED"
+    assert sample() == before
+
+    done = server.post("/train/jdm?run_sync=true", {**settings, "num_iterations": 2})
+    assert done.status_code == 200, done.text
+    assert (server.app / "model" / "jdm" / done.json()["run"] / "model.pt").is_file()
+    assert sample() != before
+    assert (latest.read_bytes() if latest.is_file() else None) == remembered

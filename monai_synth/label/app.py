@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from fastapi import HTTPException
+from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -26,6 +28,7 @@ from monailabel.tasks.activelearning.random import Random
 
 from monai_synth import __version__
 from monai_synth.errors import UserError
+from monai_synth.label.datastore import CaseFolder
 from monai_synth.label.parameters import Parameters, read_parameters
 from monai_synth.label.served import Made, Served, sample_case, served_bundles
 from monai_synth.label.store import add_case, annotated, default_case_id, is_synthetic, safe_case_id, to_review
@@ -156,6 +159,17 @@ class SynthApp(MONAILabelApp):
             description="Synthesizes labelled images: from semantic maps or masks, or image and mask together",
         )  # fmt: skip
 
+    def init_datastore(self) -> Datastore:
+        """That of a folder is ours, which takes no file that it should not."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return CaseFolder(
+            self.studies,
+            extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
     def init_infers(self) -> dict[str, InferTask]:
         return {name: SynthInferTask(served, viewer=self.viewer) for name, served in self.served.items()}
 
@@ -259,8 +273,6 @@ def _sent(path: Any) -> Path:
     Raises:
         UserError: it is neither a case of the datastore nor such a file; requests may name any path.
     """
-    from monailabel.config import settings
-
     sessions = settings.MONAI_LABEL_SESSION_PATH or os.path.join(Path.home(), ".cache", "monailabel", "sessions")
     file = Path(str(path)).resolve()
     inside = file.parent == Path(tempfile.gettempdir()).resolve() or Path(sessions).resolve() in file.parents

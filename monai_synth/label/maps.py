@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from monai_synth.errors import UserError
 from monai_synth.inference.cases import MAP_ENDINGS
 
 NIFTI = ".nii.gz"
+PICTURES = (".png", ".jpg", ".tif")
+MAX_VOXELS = 2**28  # 1024 slices of 512 x 512; a small file may claim any number
 AXIAL = "LPS"
 
 
@@ -106,12 +109,8 @@ def read_map(path: str | Path, *, dims: int, num_labels: int, axial: bool, slice
             raise UserError(f"the map {path.name} is a picture, the model makes volumes; give a {NIFTI} file")
         if slice_index is not None:
             raise UserError(f"slice is {slice_index}, but the map {path.name} is a picture; leave it out")
-        return GivenMap(_labels(_read_png(path), num_labels, path.name))
-    try:
-        image = nib.load(path)
-        array = np.asarray(image.dataobj)
-    except Exception as error:  # nibabel raises many kinds for damaged files
-        raise UserError(f"the map {path.name} cannot be read as NIfTI ({error}); write it again") from error
+        return GivenMap(_labels(_read_grey(path, "map"), num_labels, path.name))
+    image, array = _read_nifti(path, "map")
     affine, shape = image.affine, tuple(array.shape)
     if dims == 3:
         if array.ndim != 3:
@@ -145,17 +144,13 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, list[float]]:
     """
     path = Path(path)
     if path.name.endswith(".png"):
-        array = _read_png(path)
+        array = _read_grey(path, "image")
         if array.dtype != np.uint8:
             raise UserError(f"the image {path.name} is {array.dtype}; give 8-bit grey values, or NIfTI in HU")
         return array, [1.0, 1.0]
     if not path.name.endswith(MAP_ENDINGS):
         raise UserError(f"the image {path.name} is no CT slice; allowed are {', '.join(MAP_ENDINGS)} files")
-    try:
-        image = nib.load(path)
-        array = np.asarray(image.dataobj)
-    except Exception as error:  # nibabel raises many kinds for damaged files
-        raise UserError(f"the image {path.name} cannot be read as NIfTI ({error}); write it again") from error
+    image, array = _read_nifti(path, "image")
     array = array[:, :, None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] != 1:
         raise UserError(f"the image {path.name} has shape {array.shape}; training takes single slices, (X, Y, 1)")
@@ -164,6 +159,21 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, list[float]]:
         array, back = _turned(array, image.affine, path.name)
         zooms = zooms if int(back[0, 0]) == 0 else zooms[::-1]
     return window_to_uint8(array[:, :, 0].T), [zooms[1], zooms[0]]
+
+
+def check_image(path: str | Path) -> None:
+    """Check that a file is an image or a label map that a datastore may hold.
+
+    Raises:
+        UserError: of a kind that no bundle takes, or damaged.
+    """
+    path = Path(path)
+    if path.name.endswith((".nii", NIFTI)):
+        _read_nifti(path, "file")
+    elif path.name.endswith(PICTURES):
+        _read_picture(path, "file")
+    else:
+        raise UserError(f"the file ends in {path.suffix[:20]!r}; allowed are {', '.join(('.nii', NIFTI, *PICTURES))}")
 
 
 def _is_placed(header: Any) -> bool:
@@ -205,14 +215,32 @@ def _labels(array: np.ndarray, num_labels: int, name: str) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def _read_png(path: Path) -> np.ndarray:
+def _read_nifti(path: Path, what: str) -> tuple[Any, np.ndarray]:
+    """Header and array of a NIfTI file; its header is asked first how much there is to read."""
+    try:
+        image = nib.load(path)
+        num = math.prod(image.shape)
+        array = np.asarray(image.dataobj) if num <= MAX_VOXELS else None
+    except Exception as error:  # nibabel raises many kinds for damaged files
+        raise UserError(f"the {what} {path.name} cannot be read as NIfTI ({error}); write it again") from error
+    if array is None:
+        raise UserError(f"the {what} {path.name} has {num} voxels; allowed are {MAX_VOXELS}, cut it into parts")
+    return image, array
+
+
+def _read_picture(path: Path, what: str) -> np.ndarray:
     try:
         with Image.open(path) as picture:
-            array = np.asarray(picture)
+            return np.asarray(picture)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"the map {path.name} cannot be read as PNG ({error}); write it again") from error
+        ending = path.suffix[1:].upper()
+        raise UserError(f"the {what} {path.name} cannot be read as {ending} ({error}); write it again") from error
+
+
+def _read_grey(path: Path, what: str) -> np.ndarray:
+    array = _read_picture(path, what)
     if array.ndim != 2:
-        raise UserError(f"the map {path.name} has shape {array.shape}; give one grey value per pixel, the label")
+        raise UserError(f"the {what} {path.name} has shape {array.shape}; give one grey value per pixel")
     return array
 
 

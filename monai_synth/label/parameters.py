@@ -112,11 +112,11 @@ def read_parameters(request: Mapping[str, Any], bundle: str, *, max_steps: int |
         condition=None if condition == "none" else "mask",
         resize_maps=given.get("resize_maps", False),
         slice_index=None if slice_index is None else whole("slice", slice_index, 0),
-        source_tag=_tag(given, "source_tag"),
+        source_tag=check_tag("source_tag", given["source_tag"]) if "source_tag" in given else None,
         returned=returned,
         add=given.get("add_to_datastore", False),
         case_id=_text(given, "case_id"),
-        label_tag=_tag(given, "label_tag") or "original",
+        label_tag=check_tag("label_tag", given.get("label_tag", "original")),
         num_samples=whole("num_samples", given.get("num_samples", 1)),
     )
 
@@ -151,9 +151,12 @@ def _text(given: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _tag(given: Mapping[str, Any], name: str) -> str | None:
-    """A label tag, which becomes a folder's name."""
-    value = given.get(name)
-    if value is not None and (not isinstance(value, str) or not _TAG.fullmatch(value)):
+def check_tag(name: str, value: Any) -> str:
+    """A label tag, which becomes a folder's name.
+
+    Raises:
+        UserError: it is more than letters, digits, ``_`` and ``-``, or longer than 50.
+    """
+    if not isinstance(value, str) or not _TAG.fullmatch(value):
         raise UserError(f"{name} is {str(value)[:40]!r}; give original, final or another word of letters and digits")
     return value

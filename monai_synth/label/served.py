@@ -104,7 +104,8 @@ def served_bundles(conf: Mapping[str, str], app_dir: str | Path) -> dict[str, Se
     for part in parts:
         name, _, models = part.partition("=")
         if name not in BUNDLES:
-            raise UserError(f"--conf bundles names {name!r}; served can be {', '.join(BUNDLES)}")
+            msg = f"--conf bundles names {name!r}; served can be {', '.join(BUNDLES)}, whose images have a label map"
+            raise UserError(f"{msg} to review. Images of classes (cfg_ddpm, fad) are made by `monai-synth studio`")
         if name in served:
             raise UserError(f"--conf bundles names {name!r} twice; name it once")
         if "=" in part and not Path(models).expanduser().is_dir():

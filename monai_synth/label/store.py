@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from monai_synth.export.nnunet import sanitize_case_id
 from monai_synth.label.served import Made
 
 SYNTHETIC = "synthetic"  # key of an image's info
+MAX_NAME = 200  # bytes; file systems take 255, and endings come after it
 
 
 def safe_case_id(text: str) -> str:
@@ -28,6 +30,23 @@ def safe_case_id(text: str) -> str:
     if "." not in safe:
         return safe
     return f"{safe.replace('.', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def check_file_name(what: str, text: Any) -> None:
+    """Check that a text is the name of a file in a folder and nothing else, spaces and dots inside it allowed.
+
+    Raises:
+        UserError: it is empty, longer than `MAX_NAME` bytes, begins with a dot, or leads elsewhere.
+    """
+    if (
+        not isinstance(text, str)
+        or not 0 < len(text.encode("utf-8", "replace")) <= MAX_NAME
+        or text.startswith(".")
+        or not text.isprintable()
+        or re.search(r'[/\\:*?"<>|]', text)
+    ):
+        msg = f"{what} is {str(text)[:80]!r}; give 1 to {MAX_NAME} letters, digits, spaces, '.', '_' or '-'"
+        raise UserError(f"{msg}, not beginning with a dot")
 
 
 def default_case_id(bundle: str, source_id: str | None, seed: int) -> str:
