@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,19 @@ def test_a_map_of_another_size_is_refused_or_resized_and_its_grid_kept(
     with pytest.raises(UserError, match="resize_maps"):
         image_of(served["spade_gan"], source, tmp_path / "a")
     assert image_of(served["spade_gan"], source, tmp_path / "b", resize_maps=True).shape == (128, 128, 1)
+
+
+def test_a_model_without_classifiers_samples_unguided_unless_a_feature_is_asked_for(
+    served: dict[str, Served], tiny_dataset: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(served["lsdm"].ckpt_dir, models, ignore=shutil.ignore_patterns("classifier_*"))
+    alone = Served("lsdm", BUNDLES / "lsdm", models, tmp_path / "app")
+    source = as_nifti(semantic(tiny_dataset), tmp_path / "a.nii.gz")
+    unguided = image_of(served["lsdm"], source, tmp_path / "a", num_steps=2, guidance_scale=0)
+    np.testing.assert_array_equal(image_of(alone, source, tmp_path / "b", num_steps=2), unguided)
+    with pytest.raises(UserError, match="spiculation"):
+        image_of(alone, source, tmp_path / "c", num_steps=2, features=["spiculation"])
 
 
 def test_what_is_served_must_be_there_and_of_the_bundle(served: dict[str, Served], tmp_path: Path) -> None:

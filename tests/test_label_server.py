@@ -245,6 +245,12 @@ def test_a_request_that_cannot_be_met_is_told_why_in_one_message(
     assert "\n" not in answer.json()["detail"]
 
 
+def test_parameters_that_are_no_json_are_told(server: Server) -> None:
+    answer = requests.post(f"{server.url}/infer/lsdm", params={"image": "map1"}, data={"params": "{seed: 1}"})
+    assert answer.status_code == 400, answer.text
+    assert "no JSON" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.nii.gz", b"no NIfTI"), ("a.png", b"no PNG"), ("a.exe", b"MZ")])
 def test_files_that_are_no_maps_are_refused(server: Server, name: str, content: bytes) -> None:
     answer = server.infer("lsdm", "", files={"file": (name, content)})

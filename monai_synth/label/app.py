@@ -7,6 +7,7 @@ the app answers infer requests itself: nothing is ever saved under the source's 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -44,6 +46,7 @@ class SynthInferTask(InferTask):
 
     def __init__(self, served: Served, *, viewer: bool) -> None:
         contract, metadata = served.contract(), served.metadata()
+        logger.info(f"{served.name} is served from {served.models()}")
         self.served = served
         self.version = metadata["version"]
         labels = {str(k): int(v) for k, v in contract["labels"].items() if int(v)} if viewer else {}
@@ -158,6 +161,20 @@ class SynthApp(MONAILabelApp):
             app_dir, studies, conf, name="monai_synth", version=__version__, labels=list(names),
             description="Synthesizes labelled images: from semantic maps or masks, or image and mask together",
         )  # fmt: skip
+
+    def on_init_complete(self) -> None:
+        """Once, in the server itself: answer 400 where the params of a request are no JSON, which MONAI Label does not.
+
+        Its stack of handlers is built before an app is there, so it is built again.
+        """
+        super().on_init_complete()
+        from monailabel.app import app as server
+
+        async def tell(request: Request, error: json.JSONDecodeError) -> JSONResponse:
+            return JSONResponse({"detail": f"params are no JSON ({error}); give an object as {{}}"}, status_code=400)
+
+        server.add_exception_handler(json.JSONDecodeError, tell)
+        server.middleware_stack = None
 
     def init_datastore(self) -> Datastore:
         """That of a folder is ours, which takes no file that it should not."""

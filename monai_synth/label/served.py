@@ -28,6 +28,8 @@ from monai_synth.label.parameters import BUNDLES, MAPS, Parameters
 
 _JDM_SAMPLING = ["$export_pairs.sample_pairs(@dataset, @evaluator, @export)", "$@export.finish()"]
 
+_GUIDANCE = {"guidance_scale", "features", "nodule"}
+
 
 @dataclass(frozen=True)
 class Served:
@@ -162,6 +164,9 @@ def sample_case(
         given.write_for_model(out / "map" / re.sub(r"[^A-Za-z0-9_-]", "-", source_id)[:80])
         options["resize_maps"] = parameters.resize_maps
         options["label_dir" if axial else "masks"] = str(out / "map")
+    if served.name == "lsdm" and not _GUIDANCE & parameters.sampling.keys():
+        # A model that was trained on annotated cases has no classifiers; unasked, it samples without guidance.
+        options |= {} if any(served.models().glob("classifier_*.pt")) else {"guidance_scale": 0}
     if served.name in MAPS:
         options["image_format"] = "png" if given.ending == ".png" else "nii.gz"
     else:
