@@ -291,6 +291,20 @@ def test_a_training_that_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "app").exists()
 
 
+@pytest.mark.slow
+def test_lsdm_is_trained_on_annotated_slices_and_sampled_from(
+    served: dict[str, Served], tiny_dataset: Path, tmp_path: Path
+) -> None:
+    app = tmp_path / "app"
+    lsdm = Served("lsdm", BUNDLES / "lsdm", served["lsdm"].ckpt_dir, app / "model" / "lsdm")
+    request = {"image_size": [64, 64], "max_epochs": 1, "autoencoder_epochs": 1, "batch_size": 2, "val_interval": 1}
+    cases = cases_of(tmp_path, tiny_dataset, 4)
+    result = training.train_on_cases(lsdm, cases, request, app_dir=app, device="cpu")
+    assert (result["training"], result["validation"], result["cases"]) == (3, 1, ["c0", "c1", "c2", "c3"])
+    assert lsdm.models() == app / "model" / "lsdm" / result["run"]
+    assert image_of(lsdm, cases[0][2], tmp_path / "out", num_steps=2).shape == (64, 64, 1)
+
+
 def test_provenance_of_a_case_names_no_place(served: dict[str, Served], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
