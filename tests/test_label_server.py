@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from bundle_runs import BUNDLES
 from label_toy import AFFINE, as_nifti, mask, semantic, write_models
 from PIL import Image
 
+from monai_synth.errors import UserError
 from monai_synth.label.folder import write_label_app
 
 pytest.importorskip("monailabel", reason="MONAI Label has an environment of its own; run .ci/label")
@@ -256,6 +258,30 @@ def test_files_that_are_no_maps_are_refused(server: Server, name: str, content: 
     answer = server.infer("lsdm", "", files={"file": (name, content)})
     assert answer.status_code == 400
     assert "map" in answer.json()["detail"]
+
+
+def test_an_app_for_viewers_answers_with_the_label_and_adds_the_case(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from monailabel.config import settings
+
+    from monai_synth.label.app import SynthApp
+
+    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+    monkeypatch.setattr(settings, "MONAI_LABEL_SESSION_PATH", str(tmp_path / "sessions"))
+    conf = {"bundles": f"lsdm={server.models['lsdm']}", "bundles_dir": str(BUNDLES), "viewer": "true"}
+    (tmp_path / "studies").mkdir()
+    shutil.copyfile(server.studies / "map1.nii.gz", tmp_path / "studies" / "map1.nii.gz")
+    app = SynthApp(str(tmp_path / "app"), str(tmp_path / "studies"), conf)
+    model = app.info()["models"]["lsdm"]
+    assert (model["type"], model["labels"]["lung"]) == ("segmentation", 4)
+    made = app.infer({"model": "lsdm", "image": "map1", "num_steps": 2})
+    given, answered = (np.asarray(nib.load(p).dataobj) for p in (server.studies / "map1.nii.gz", made["file"]))
+    np.testing.assert_array_equal(answered, given)
+    Path(made["file"]).unlink()
+    assert (tmp_path / "studies" / f"{made['params']['case_id']}.nii.gz").is_file()
+    with pytest.raises(UserError, match="max_steps"):
+        SynthApp(str(tmp_path / "app"), str(tmp_path / "studies"), {**conf, "max_steps": "-1"})
 
 
 @pytest.mark.parametrize(

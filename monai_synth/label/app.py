@@ -209,7 +209,12 @@ class SynthApp(MONAILabelApp):
 
     def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Train a bundle; see `SynthTrainTask`."""
-        return _answered(lambda: self._known(request, "train") and super(SynthApp, self).train(request))
+
+        def action() -> dict[str, Any]:
+            self._known(request, "train")
+            return super(SynthApp, self).train(request)
+
+        return _answered(action)
 
     def batch_infer(self, request: Mapping[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Make many cases; see `SynthBatch`."""
@@ -218,7 +223,11 @@ class SynthApp(MONAILabelApp):
         def infer(asked: Mapping[str, Any], to: Any) -> dict[str, Any]:
             return _answered(lambda: self._infer(dict(asked), to, in_batch=True))
 
-        return _answered(lambda: self._known(request, "batch") and self._batch_infer(request, store, infer))
+        def action() -> dict[str, Any]:
+            self._known(request, "batch")
+            return self._batch_infer(request, store, infer)
+
+        return _answered(action)
 
     def next_sample(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The next case; without a strategy one for review."""

@@ -64,7 +64,8 @@ monailabel start_server --app . --studies STUDIES --host 127.0.0.1 --port 8000 -
 ```
 
 `--conf bundles lsdm=/models/lsdm,jdm` names the folder of trained files; without it the last training of the bundle
-is taken. `--conf bundles_dir DIR` is where the bundles' folders lie.
+is taken. A model that was trained by this app comes before both; delete its folder in `model/` to go back.
+`--conf bundles_dir DIR` is where the bundles' folders lie (default: bundles/ of the folder that the server starts in).
 """
 
 
