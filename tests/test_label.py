@@ -201,7 +201,14 @@ def test_a_request_holds_nothing_but_allowed_names_numbers_and_words(request_: d
         read_parameters(request_, "lsdm", max_steps=8)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("request_", [{"resample": 10}, {"num_steps": 5, "num_ensemble": 4, "resample": 3}])
+def test_repeated_steps_count_as_steps(request_: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"times resample .* POST /batch/infer/jdm"):
+        read_parameters(request_, "jdm", max_steps=50)
+    assert read_parameters(request_, "jdm").sampling == request_
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.text(min_size=1, max_size=300))
 def test_a_case_id_is_a_plain_file_name_without_a_dot(text: str) -> None:
     safe = safe_case_id(text)

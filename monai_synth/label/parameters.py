@@ -35,6 +35,7 @@ _THEIRS = re.compile(
     r"max_workers|max_batch_size|client_id|_id|_image_id|result_\w+"
 )
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
+_USUAL_STEPS = 20  # of jdm, the one bundle that repeats steps
 _SWITCHES = ("resize_maps", "add_to_datastore", "clip", "shared_classifier")
 
 
@@ -93,11 +94,11 @@ def read_parameters(request: Mapping[str, Any], bundle: str, *, max_steps: int |
         if not isinstance(sampling["nodule"], Mapping):
             raise UserError(f'nodule is {sampling["nodule"]!r}; give features by name, e.g. {{"spiculation": 5}}')
         check_targets(sampling["nodule"])
-    steps = whole("num_steps", sampling.get("num_steps", 1))
+    repeats = math.prod(whole(name, sampling.get(name, 1)) for name in ("resample", "num_ensemble"))
+    steps = repeats * whole("num_steps", sampling.get("num_steps", _USUAL_STEPS if repeats > 1 else 1))
     if max_steps is not None and steps > max_steps:
-        msg = (
-            f"num_steps is {steps}; a request that waits may take {max_steps}, for others the server would stand still"
-        )
+        what = "num_steps" if repeats == 1 else "num_steps times resample and num_ensemble"
+        msg = f"{what} is {steps}; a request that waits may take {max_steps}, for others the server would stand still"
         raise UserError(f"{msg}: ask for it by POST /batch/infer/{bundle}")
     condition = given.get("condition", "mask")
     if condition not in (("mask", "none") if bundle == "jdm" else ("mask",)):
