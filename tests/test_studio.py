@@ -27,8 +27,6 @@ from monai_synth.studio.reading import Case, Reading, score
 from monai_synth.studio.runs import CancelledError, write_zip
 from monai_synth.studio.session import Session, Studio
 
-COLOURS = maps.colours_of(LABELS)
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
@@ -57,29 +55,6 @@ def archive(path: Path) -> dict[str, bytes]:
 
 
 # Maps
-
-
-@pytest.mark.parametrize("size", [(64, 64), (48, 80), (600, 512)])
-def test_a_map_comes_back_from_its_picture(size: tuple[int, int]) -> None:
-    label = np.random.default_rng(0).integers(0, 8, size).astype(np.uint8)
-    np.testing.assert_array_equal(maps.from_picture(maps.to_picture(label, COLOURS), COLOURS, size), label)
-
-
-def test_a_blurred_rim_between_two_labels_never_becomes_a_third() -> None:
-    label = np.full((64, 64), 4, np.uint8)
-    label = maps.stamp(label, 7, (30, 30), 20)
-    picture = Image.fromarray(maps.to_picture(label, COLOURS)).resize((500, 500), Image.Resampling.BICUBIC)
-    found = maps.from_picture(np.asarray(picture), COLOURS, (64, 64))
-    assert set(np.unique(found)) == {4, 7}
-    assert (found != label).mean() < 0.01
-
-
-def test_what_is_transparent_is_background_and_a_picture_of_no_labels_is_refused() -> None:
-    picture = np.full((8, 8, 4), 200, np.uint8)
-    with pytest.raises(UserError, match="none of the labels' colours"):
-        maps.from_picture(picture, COLOURS, (8, 8))
-    picture[..., 3] = 0
-    assert not maps.from_picture(picture, COLOURS, (8, 8)).any()
 
 
 def test_colours_differ_and_the_background_is_black() -> None:
@@ -267,7 +242,7 @@ def test_features_and_guidance_change_the_image_and_enter_the_provenance(studio:
 def test_a_map_that_is_changed_is_no_longer_the_datasets(studio: Studio) -> None:
     session = studio.session("a")
     first = studio.take_case(session, "lsdm", "test / p0016-s1-z0001")
-    assert studio.take_picture(session, "lsdm", maps.to_picture(first.label, COLOURS)) is first
+    assert studio.take_drawn(session, "lsdm", first.label.copy()) is first
     drawn = studio.stamp(session, "lsdm", "nodule_malignant", row=30, column=20, diameter=8)
     assert (drawn.case, drawn.origin) == (None, "drawing")
     made = generate(studio, session, "lsdm", ask())
@@ -382,6 +357,46 @@ def test_what_the_sampling_refuses_is_told_and_leaves_the_session_free(
     with pytest.raises(UserError, match=told):
         generate(studio, session, bundle, ask(**given))
     session.begin()
+
+
+def test_another_resolution_gives_the_same_bytes_as_the_bundles_own_sampling(
+    studio: Studio, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    session, place = studio.session("a"), studio.places["lsdm"]
+    studio.take_case(session, "lsdm", "test / p0016-s1-z0001")
+    studio.take_size(session, "lsdm", (96, 96))
+    made = generate(studio, session, "lsdm", ask(num_images=1, seed=5, precision="float32", guidance_scale=2.0))
+    values = {"num_samples": 1, "guidance_scale": 2.0, "dataset_dir": str(tiny_dataset), "dataset#image_size": [96, 96]}
+    own = bundle_images("lsdm", place.ckpt_dir, tmp_path / "own", **values)
+    content = archive(write_zip(made, session.folder, "nnU-Net dataset (PNG)"))
+    pictures = {Path(name).name: data for name, data in content.items() if "Tr/" in name}
+    assert {name: pictures[name] for name in own} == own
+    assert all(Image.open(io.BytesIO(data)).size == (96, 96) for data in own.values())
+
+
+def test_a_model_makes_the_sizes_that_its_network_takes_and_no_other(studio: Studio) -> None:
+    session = studio.session("a")
+    assert studio.places["lsdm"].sizes == ((64, 64), (48, 48), (80, 80), (96, 96), (128, 128))
+    for bundle in ("spade_gan", "cfg_ddpm", "fad"):
+        assert studio.places[bundle].sizes == (studio.places[bundle].size,)
+    with pytest.raises(UserError, match="lsdm makes 64x64, 48x48, .* here, not 100x100"):
+        studio.take_size(session, "lsdm", (100, 100))
+    place = dataclasses.replace(studio.places["jdm"], stride=16)
+    assert place.sizes == ((32, 32), (48, 48), (64, 64))
+
+
+def test_a_change_of_resolution_keeps_the_map_and_an_old_drawing_no_longer_fits(studio: Studio) -> None:
+    session = studio.session("a")
+    drawn = studio.stamp(session, "jdm", "nucleus", row=12, column=14, diameter=10)
+    studio.take_size(session, "jdm", (64, 64))
+    label = studio.drawing(session, "jdm").label
+    assert label.shape == (64, 64)
+    assert label.sum() == pytest.approx(4 * drawn.label.sum(), rel=0.1)
+    for with_map in (True, False):
+        made = generate(studio, session, "jdm", ask(), with_map=with_map)
+        assert next(made.samples()).image.shape == (64, 64)
+    studio.take_size(session, "jdm", (32, 32))
+    assert studio.drawing(session, "jdm").label.shape == (32, 32)
 
 
 # Downloads

@@ -61,6 +61,7 @@ class Request:
         guidance_scale: 0 (lsdm) or 1 (cfg_ddpm) is none.
         targets: nodule features asked for (lsdm).
         classes: names to sample (models of classes).
+        size: S of the images, one of the place's ``sizes``; None is the trained one.
 
     Raises:
         UserError: a value out of range.
@@ -75,6 +76,7 @@ class Request:
     guidance_scale: float = 1.0
     targets: Mapping[str, float] = field(default_factory=dict)
     classes: Sequence[str] = ()
+    size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         limits = {"num_images": (1, MOST_IMAGES), "batch_size": (1, MOST_AT_ONCE), "seed": (0, MOST_SEED)}
@@ -92,7 +94,7 @@ class Drawing:
     """A label map to sample from.
 
     Attributes:
-        label: uint8 (H, W) of the model's size.
+        label: uint8 (H, W) of one of the model's sizes.
         origin: what it came from: "drawing", "upload" or the dataset's case.
         case: the dataset's case where nothing was changed; its nodules then tell their own features.
         spacing: (row, column) in mm; None where it is not known.
@@ -162,7 +164,7 @@ def map_job(place: Place, model: LSDMModel | OneFileModel, drawing: Drawing, req
         [case],
         num_samples=request.num_images,
         seed=request.seed,
-        image_size=contract["image_size"],
+        image_size=request.size or place.size,
         num_labels=len(contract["labels"]),
     )
     inferer: Inferer
@@ -215,7 +217,7 @@ def pair_job(place: Place, model: OneFileModel, drawing: Drawing | None, request
         label_dir=None if drawing is None else _written(drawing, folder).parent,
         num_samples=request.num_images,
         seed=request.seed,
-        image_size=contract["image_size"],
+        image_size=request.size or place.size,
         image_channels=contract["image_channels"],
         labels=contract["labels"],
         value_range=contract["value_range"],
@@ -293,8 +295,12 @@ def make_job(
     """The job of a bundle.
 
     Raises:
-        UserError: a map is needed and none is given, or what the bundle's own sampling refuses.
+        UserError: a map is needed and none is given, a size that the model cannot make, or what the bundle's own
+            sampling refuses.
     """
+    if request.size is not None and tuple(request.size) not in place.sizes:
+        got, allowed = "x".join(map(str, request.size)), ", ".join("x".join(map(str, size)) for size in place.sizes)
+        raise UserError(f"images of {got} pixels are asked for; {place.bundle} makes {allowed} here")
     makers = {"jdm": partial(pair_job, drawing=drawing, folder=folder)}
     if place.bundle in ("lsdm", "spade_gan"):
         if drawing is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label maps as pictures to draw on, and back: a colour stands for a label, whatever a brush blurs."""
+"""Label maps in colours, the stamp, and images with their maps laid over."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from scipy import ndimage
 
 from monai_synth.data.semantic import LABELS
 from monai_synth.errors import UserError
-
-MIN_SIDE = 512  # pixels of the longer side of what is drawn on; small maps are shown enlarged
-TOLERANCE = 2  # steps of 256 by which a colour may differ from a label's
 
 # background, body, soft tissue, high dense, lung, benign, indeterminate and malignant nodule
 _CT = ((0, 0, 0), (90, 70, 60), (170, 90, 80), (240, 235, 215), (70, 120, 190), (90, 220, 90), (250, 200, 40),
@@ -33,52 +30,6 @@ def colours_of(labels: Mapping[str, int]) -> np.ndarray:
 def hex_of(colour: np.ndarray) -> str:
     """``#rrggbb``."""
     return "#" + "".join(f"{int(part):02x}" for part in colour)
-
-
-def enlargement(size: tuple[int, int]) -> int:
-    """Whole factor by which a map is shown larger."""
-    return max(1, MIN_SIDE // max(size))
-
-
-def to_picture(label: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """uint8 map (H, W) -> RGB (f H, f W, 3) to draw on, see :func:`enlargement`."""
-    factor = enlargement(label.shape)
-    return colours[label].repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def from_picture(picture: np.ndarray, colours: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The map that a drawing shows.
-
-    Brushes blur their edges. A pixel whose colour is no label's takes the label of the nearest pixel whose colour is,
-    so that a rim between two labels never becomes a third.
-
-    Args:
-        picture: uint8 (h, w, 3), or (h, w, 4) where what is transparent is background.
-        colours: see :func:`colours_of`.
-        size: (H, W) of the map.
-
-    Returns:
-        uint8 (H, W).
-
-    Raises:
-        UserError: no pixel has a label's colour.
-    """
-    rgb = picture[..., :3].astype(np.int16)
-    if picture.shape[-1] == 4:
-        rgb = np.where(picture[..., 3:] < 128, colours[0].astype(np.int16), rgb)
-    label = np.full(rgb.shape[:2], -1, np.int16)
-    for value, colour in enumerate(colours.astype(np.int16)):
-        label[(np.abs(rgb - colour) <= TOLERANCE).all(axis=-1)] = value
-    known = label >= 0
-    if not known.any():
-        raise UserError("the drawing has none of the labels' colours; draw with the brushes that are offered")
-    if not known.all():
-        rows, columns = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-        label = label[rows, columns]
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(label.shape, size, strict=True)
-    )
-    return label[np.ix_(rows, columns)].astype(np.uint8)
 
 
 def stamp(label: np.ndarray, value: int, center: tuple[float, float], diameter: float) -> np.ndarray:

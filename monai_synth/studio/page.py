@@ -3,32 +3,26 @@
 
 from __future__ import annotations
 
-import functools
-import html
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from monai_synth.data.semantic import FEATURES, MALIGNANCY
 from monai_synth.errors import UserError
 from monai_synth.precision import PRECISIONS
 from monai_synth.studio import maps
-from monai_synth.studio.jobs import MOST_AT_ONCE, MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, Drawing, Request
+from monai_synth.studio.jobs import MOST_AT_ONCE, MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, Request
+from monai_synth.studio.map_page import MapPart, size_line
 from monai_synth.studio.places import BUNDLES, Place
 from monai_synth.studio.reader_page import reader_tab
 from monai_synth.studio.runs import CancelledError, Run, write_zip
 from monai_synth.studio.session import Session, Studio
-from monai_synth.studio.uploads import MAX_BYTES
+from monai_synth.studio.shown import status, told
 
-logger = logging.getLogger(__name__)
-
+KEPT = (600, 86400)  # every 10 minutes, what was sent or shown a day ago is removed
 CSS = """
 .status p { font-size: 1rem; margin: 0.25rem 0; }
-.legend span { display: inline-flex; align-items: center; margin: 0 0.9rem 0.3rem 0; }
-.legend i { width: 1em; height: 1em; margin-right: 0.4em; border: 1px solid #888; display: inline-block; }
 *:focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 1px; }
 """
 # what changes is read out to those who do not see it
@@ -45,31 +39,9 @@ on a built-in phantom (all stages, minutes on a CPU), from the folder that holds
 Then start `monai-synth studio` again there. Models elsewhere: `monai-synth studio --ckpt-dir lsdm=DIR`.
 """
 DEMO = {
-    "lsdm": "python -m monai.bundle run --config_file bundles/lsdm/configs/train.json",
-    "jdm": "python -m monai.bundle run --config_file bundles/jdm/configs/train.json",
+    "lsdm": "python -m monai.bundle run training --config_file bundles/lsdm/configs/train.json",
+    "jdm": "python -m monai.bundle run training --config_file bundles/jdm/configs/train.json",
 }
-
-
-def told(action: Callable[..., Any], outputs: int, line: int) -> Callable[..., Any]:
-    """Show what a user can mend in a line of the page, where it stays and is read out; all else stays as it is.
-
-    Args:
-        action: of an event.
-        outputs: how many it has.
-        line: which of them is the line of text.
-    """
-
-    @functools.wraps(action)
-    def call(*args: Any, **options: Any) -> Any:
-        try:
-            return action(*args, **options)
-        except (UserError, OSError) as error:
-            text = html.escape(" ".join(str(error).split()))
-            given = [gr.skip() for _ in range(outputs)]
-            given[line] = f'<p role="alert"><strong>Error:</strong> {text}</p>'
-            return given[0] if outputs == 1 else tuple(given)
-
-    return call
 
 
 def build_page(studio: Studio) -> gr.Blocks:
@@ -78,7 +50,7 @@ def build_page(studio: Studio) -> gr.Blocks:
     Args:
         studio: models and sessions.
     """
-    with gr.Blocks(title="monai_synth studio", analytics_enabled=False) as page:
+    with gr.Blocks(title="monai_synth studio", analytics_enabled=False, delete_cache=KEPT) as page:
         gr.Markdown("# monai_synth studio\nSynthetic images; not for diagnosis. Everything stays on this machine.")
         if not studio.places:
             gr.Markdown(NO_MODELS.format(commands="\n".join(f"# {name}\n{line}" for name, line in DEMO.items())))
@@ -86,16 +58,14 @@ def build_page(studio: Studio) -> gr.Blocks:
             with gr.Tabs():
                 for bundle, place in studio.places.items():
                     with gr.Tab(bundle, id=bundle):
-                        gr.Markdown(f"{BUNDLES[bundle]}. Images of {' x '.join(map(str, place.size))} pixels.")
+                        gr.Markdown(f"{BUNDLES[bundle]}. {size_line(place)}")
                         if len(place.size) == 2:
-                            tab = BundleTab(studio, place)
-                            if tab.editor is not None:
-                                page.load(tab.begin_map, None, [tab.editor, tab.map_status], api_name=False)
+                            BundleTab(studio, place)
                         else:
                             gr.Markdown("This model makes volumes; sample them by `python -m monai.bundle run`.")
                 if any(place.labels and len(place.size) == 2 for place in studio.places.values()):
                     with gr.Tab("reader training", id="reading"):
-                        reader_tab(studio, told)
+                        reader_tab(studio)
         page.load(None, js=LIVE)
         page.unload(_leave(studio))
     return page
@@ -106,11 +76,6 @@ def _leave(studio: Studio) -> Callable[[gr.Request], None]:
         studio.close(str(request.session_hash))
 
     return leave
-
-
-def status(text: str) -> str:
-    """A line of text for what went on."""
-    return f"<p>{html.escape(text)}</p>"
 
 
 class BundleTab:
@@ -125,93 +90,20 @@ class BundleTab:
         self.studio, self.place, self.bundle = studio, place, place.bundle
         self.names: list[str] = []  # of the inputs that a request is made of
         self.inputs: list[Any] = []
-        self.editor: gr.ImageEditor | None = None
         self.whole: gr.Radio | None = None
-        if place.labels:
-            self._map()
+        if self.bundle == "jdm":
+            choices = [("image for the mask below", "mask"), ("whole pairs of image and mask", "pairs")]
+            self.whole = gr.Radio(choices, value="mask", label="What to make", elem_id="jdm-what")
+        self.map = MapPart(studio, place) if place.labels else None
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 self._settings()
-                with gr.Row():
-                    self.go = gr.Button("Generate", variant="primary", elem_id=f"{self.bundle}-generate")
-                    self.stop = gr.Button("Cancel", variant="stop", elem_id=f"{self.bundle}-cancel")
             with gr.Column(scale=2, min_width=280):
                 self._results()
         self._wire()
 
     def _session(self, request: gr.Request) -> Session:
         return self.studio.session(str(request.session_hash))
-
-    # The map
-
-    def _map(self) -> None:
-        place, colours = self.place, self.studio.colours(self.bundle)
-        if self.bundle == "jdm":
-            choices = [("image for the mask below", "mask"), ("whole pairs of image and mask", "pairs")]
-            self.whole = gr.Radio(choices, value="mask", label="What to make", elem_id="jdm-what")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                cases = list(place.cases())[:500]
-                if cases:
-                    self.case = gr.Dropdown(cases, value=cases[0], label="Map of the dataset")
-                    self.take = gr.Button("Take this map", elem_id=f"{self.bundle}-take")
-                limit = MAX_BYTES // 2**20
-                self.upload = gr.File(
-                    label=f"Or upload a map: PNG or NIfTI, 2-D, at most {limit} MB",
-                    file_types=[".png", ".nii", ".gz"],
-                    type="filepath",
-                    height=150,
-                    elem_id=f"{self.bundle}-upload",
-                )
-                self.resize = gr.Checkbox(False, label="resize it to the model's size")
-                names = list(place.labels)
-                least = [side - 1 for side in place.size]
-                with gr.Accordion("Stamp: a disc by numbers, also by keyboard", open=True):
-                    self.stamp_label = gr.Dropdown(names, value=names[-1], label="Label")
-                    self.row = gr.Slider(0, least[0], value=least[0] // 2, step=1, label="Row (0 is the top)")
-                    self.column = gr.Slider(0, least[1], value=least[1] // 2, step=1, label="Column (0 is the left)")
-                    largest = max(2, max(place.size) // 2)
-                    self.diameter = gr.Slider(1, largest, value=max(2, largest // 8), step=1, label="Diameter (pixels)")
-                    self.press = gr.Button("Stamp", elem_id=f"{self.bundle}-stamp")
-                self.clear = gr.Button("Empty the map")
-            with gr.Column(scale=2, min_width=280):
-                gr.HTML(self._legend(names, colours), elem_classes="legend")
-                blank = maps.to_picture(np.zeros(place.size, np.uint8), colours)
-                self.editor = gr.ImageEditor(
-                    type="numpy",
-                    image_mode="RGBA",
-                    format="png",
-                    height=600,
-                    label="Label map; draw with the brush, a colour for each label",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=gr.Brush(
-                        default_size=max(4, max(blank.shape) // 32),
-                        colors=[maps.hex_of(colour) for colour in colours],
-                        default_color=maps.hex_of(colours[-1]),
-                        color_mode="fixed",
-                    ),
-                    canvas_size=(blank.shape[1], blank.shape[0]),
-                    fixed_canvas=True,
-                    buttons=[],
-                    elem_id=f"{self.bundle}-editor",
-                )
-                self.map_status = gr.HTML(status("The map is empty."), elem_classes="status")
-
-    def _legend(self, names: Sequence[str], colours: np.ndarray) -> str:
-        entries = zip(names, (maps.hex_of(colour) for colour in colours), strict=True)
-        return "".join(f'<span><i style="background:{c}"></i>{html.escape(name)}</span>' for name, c in entries)
-
-    def _shown(self, drawing: Drawing, text: str) -> tuple[dict[str, Any], str]:
-        picture = maps.to_picture(drawing.label, self.studio.colours(self.bundle))
-        names = {value: name for name, value in self.place.labels.items()}
-        there = ", ".join(names[int(value)] for value in np.unique(drawing.label))
-        return _editor_value(picture), status(f"{text} Labels in it: {there}.")
-
-    def _read_editor(self, session: Session, drawn: Mapping[str, Any] | None) -> None:
-        if drawn is not None and drawn.get("composite") is not None:
-            self.studio.take_picture(session, self.bundle, drawn["composite"])
 
     # The settings
 
@@ -269,13 +161,16 @@ class BundleTab:
     # The results
 
     def _results(self) -> None:
+        with gr.Row():
+            self.go = gr.Button("Generate", variant="primary", elem_id=f"{self.bundle}-generate")
+            self.stop = gr.Button("Cancel", variant="stop", elem_id=f"{self.bundle}-cancel")
         self.told = gr.HTML(
             status("Nothing was generated yet."), elem_classes="status", elem_id=f"{self.bundle}-status"
         )
-        self.show_map = gr.Checkbox(True, label="lay the map over", visible=bool(self.place.labels))
+        self.show_map = gr.Checkbox(True, label="Lay the map over the images", visible=bool(self.place.labels))
         self.gallery = gr.Gallery(
             label="Images", columns=2, object_fit="contain", format="png", interactive=False,
-            height=560, buttons=["fullscreen"], elem_id=f"{self.bundle}-gallery",
+            height=None, buttons=["fullscreen"], elem_id=f"{self.bundle}-gallery",
         )  # fmt: skip
         with gr.Row():
             forms = Run(self.place, None).forms
@@ -287,7 +182,7 @@ class BundleTab:
         """Images with captions."""
         shown = []
         for sample in run.samples() if run is not None else ():
-            image, text = sample.image, f"{sample.case_id}, seed {sample.seed}"
+            image, text = sample.image, f"seed {sample.seed}" if sample.label is not None else sample.case_id
             if with_map and sample.label is not None:
                 image = maps.overlay(image, sample.label, self.studio.colours(self.bundle))
             shown.append((maps.enlarged(image), text))
@@ -296,9 +191,8 @@ class BundleTab:
     # What happens
 
     def _wire(self) -> None:
-        if self.editor is not None:
-            self._wire_map()
-        before = [x for x in (self.editor, self.whole) if x is not None]
+        before = [self.map.field, self.whole] if self.map is not None else []
+        before = [x for x in before if x is not None]
         begun = self.go.click(told(self._begin, 1, 0), [*before], [self.told], queue=False, api_name=False)
         begun.success(
             told(self._generate, 3, 1), [*([self.whole] if self.whole else []), self.show_map, *self.inputs],
@@ -309,43 +203,11 @@ class BundleTab:
         self.show_map.change(self._show, [self.show_map], [self.gallery], queue=False, api_name=False)
         self.pack.click(told(self._pack, 2, 1), [self.form], [self.file, self.told], api_name=False)
 
-    def _wire_map(self) -> None:
-        shown = [self.editor, self.map_status]
-        if self.place.cases():
-            self.take.click(told(self._take, 2, 1), [self.case], shown, api_name=False)
-        self.upload.upload(told(self._upload, 2, 1), [self.upload, self.resize], shown, api_name=False)
-        places = [self.editor, self.stamp_label, self.row, self.column, self.diameter]
-        self.press.click(told(self._stamp, 2, 1), places, shown, api_name=False)
-        self.clear.click(told(self._empty, 2, 1), None, shown, api_name=False)
-
-    def begin_map(self, request: gr.Request) -> tuple[Any, ...]:
-        """The empty map of a new session, to draw on."""
-        return self._shown(self.studio.drawing(self._session(request), self.bundle), "The map is empty.")
-
-    def _take(self, name: str, request: gr.Request) -> tuple[Any, ...]:
-        return self._shown(self.studio.take_case(self._session(request), self.bundle, name), f"Map of {name}.")
-
-    def _upload(self, path: str, resize: bool, request: gr.Request) -> tuple[Any, ...]:
-        drawing = self.studio.take_upload(self._session(request), self.bundle, path, resize=resize)
-        return self._shown(drawing, "Your map was read.")
-
-    def _stamp(self, drawn: Any, label: str, row: float, column: float, diameter: float, request: gr.Request) -> Any:
-        session = self._session(request)
-        self._read_editor(session, drawn)
-        drawing = self.studio.stamp(session, self.bundle, label, row=row, column=column, diameter=diameter)
-        return self._shown(drawing, f"Stamped {label} at row {row:g}, column {column:g}.")
-
-    def _empty(self, request: gr.Request) -> tuple[Any, ...]:
-        session = self._session(request)
-        session.drawings.pop(self.bundle, None)
-        return self._shown(self.studio.drawing(session, self.bundle), "The map was emptied.")
-
     def _begin(self, request: gr.Request, *values: Any) -> str:
         session = self._session(request)
-        if self.editor is not None and (self.whole is None or values[-1] == "mask"):
-            self._read_editor(session, values[0])
-            if not self.studio.drawing(session, self.bundle).label.any():
-                raise UserError("the label map is empty; take one of the dataset, upload one, or draw one")
+        needs_map = self.map is not None and (self.whole is None or values[-1] == "mask")
+        if needs_map and not self.map.read(session, values[0]).label.any():
+            raise UserError("the label map is empty; take one of the dataset, upload one, or draw one")
         session.begin()
         return status("Waiting for your turn, or sampling. Cancel stops it.")
 
@@ -392,7 +254,3 @@ class BundleTab:
             raise UserError("nothing was generated yet; press Generate first")
         path = write_zip(run, session.folder, form)
         return gr.update(value=str(path), visible=True), status(f"{path.name} is ready.")
-
-
-def _editor_value(picture: np.ndarray) -> dict[str, Any]:
-    return {"background": picture, "layers": [], "composite": picture}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -14,6 +13,7 @@ from monai_synth.errors import UserError
 from monai_synth.studio import maps
 from monai_synth.studio.reading import Case, Reading
 from monai_synth.studio.session import Session, Studio
+from monai_synth.studio.shown import told
 
 LEAST = 512  # pixels of the longer side of a case on the page
 _MARK = (255, 235, 59)
@@ -24,12 +24,11 @@ _RATINGS = [
 ]  # fmt: skip
 
 
-def reader_tab(studio: Studio, told: Callable[..., Callable[..., Any]]) -> None:
+def reader_tab(studio: Studio) -> None:
     """Build it.
 
     Args:
         studio: models and sessions.
-        told: shows what a user can mend.
     """
     gr.Markdown(
         "Find the nodule: click on it, or give its row and column, and rate it. The truth is shown after your answer. "

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from monai_synth.studio.places import find_places
 from monai_synth.studio.session import Studio
 from monai_synth.studio.uploads import MAX_BYTES
 
+MAX_REQUEST = MAX_BYTES + 2**20  # a file and what is said about it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The page's own scripts are inline and compile templates; from other machines nothing may be loaded.
 POLICY = (
@@ -26,20 +30,40 @@ POLICY = (
 )
 
 
-class Headers:
-    """ASGI middleware that adds headers to every answer."""
+class Guard:
+    """ASGI middleware that adds headers to every answer, and refuses a request that is too large before it is read."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        sent = int(length) if length.isdigit() else 0
+
         async def send_more(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 more = {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
                 message["headers"] = [*message.get("headers", []), *((k.encode(), v.encode()) for k, v in more.items())]
             await send(message)
 
-        await self.app(scope, receive, send_more)
+        async def receive_some() -> dict[str, Any]:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            # Whoever sends more than was told, or did not tell, is cut off, as by a closed connection.
+            return message if read <= MAX_REQUEST else {"type": "http.disconnect"}
+
+        read = 0
+        if sent > MAX_REQUEST:
+            body = f"{sent / 2**20:.0f} MB were sent, allowed are {MAX_BYTES // 2**20}; give one map in one file"
+            header = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+            await send_more({"type": "http.response.start", "status": 413, "headers": header})
+            await send_more({"type": "http.response.body", "body": body.encode()})
+            return
+        await self.app(scope, receive_some, send_more)
 
 
 def serve(
@@ -95,7 +119,8 @@ def serve(
         if not wait:
             return page
         try:
-            page.block_thread()
+            with _ended_by_sigterm():
+                page.block_thread()
         finally:
             page.close(verbose=False)
             studio.close_all()
@@ -145,6 +170,19 @@ def _work_dir(given: str | None) -> tuple[Path, bool]:
     return folder, False
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within, what ends a service is like Ctrl-C, so that the folder is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _gradio(folder: Path) -> tuple[Callable[[Studio], Any], str, Any]:
     """Gradio, set to stay silent and within the folder; it reads its environment when it is imported."""
     os.environ.update(
@@ -164,4 +202,4 @@ def _gradio(folder: Path) -> tuple[Callable[[Studio], Any], str, Any]:
 def _middleware() -> Any:
     from starlette.middleware import Middleware
 
-    return Middleware(Headers)
+    return Middleware(Guard)

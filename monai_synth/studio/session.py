@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Session:
     Attributes:
         folder: of this user alone; its name cannot be guessed.
         drawings: bundle -> its map.
+        sizes: bundle -> S of what is to be made; the trained one where none was chosen.
         runs: bundle -> what was made last.
         reading: cases that are being read.
         mark: (row, column) that the reader marked.
@@ -40,6 +41,7 @@ class Session:
 
     folder: Path
     drawings: dict[str, Drawing] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     reading: Reading | None = None
     mark: tuple[float, float] | None = None
@@ -132,12 +134,39 @@ class Studio:
         case = place.cases().get(name)
         if case is None:
             raise UserError(f"{name!r} is no case of the dataset of {bundle}; choose one of the list")
-        label = self._label(place, case)
-        old = read_label_file(case["label"]).shape
-        spacing = [mm * a / b for mm, a, b in zip(case.get("spacing", (1.0, 1.0)), old, label.shape, strict=True)]
-        origin = case["source"]
-        session.drawings[bundle] = Drawing(label, origin, case if bundle != "jdm" else None, spacing)
+        session.drawings[bundle] = self._of_case(place, case, self.size(session, bundle))
         return session.drawings[bundle]
+
+    def _of_case(self, place: Place, case: Mapping, size: tuple[int, ...]) -> Drawing:
+        array = read_label_file(case["label"])
+        label = uploads.fitted(array, place.labels, size)
+        spacing = [mm * a / b for mm, a, b in zip(case.get("spacing", (1.0, 1.0)), array.shape, size, strict=True)]
+        return Drawing(label, case["source"], case if place.bundle != "jdm" else None, spacing)
+
+    def size(self, session: Session, bundle: str) -> tuple[int, ...]:
+        """S of what the session makes."""
+        return session.sizes.get(bundle, self.places[bundle].size)
+
+    def take_size(self, session: Session, bundle: str, size: tuple[int, ...]) -> None:
+        """Make images of another size from now on; the map is resized, as the bundle resizes its own.
+
+        Raises:
+            UserError: the model cannot make it.
+        """
+        place = self.places[bundle]
+        if tuple(size) not in place.sizes:
+            allowed = ", ".join("x".join(map(str, known)) for known in place.sizes)
+            raise UserError(f"{bundle} makes {allowed} here, not {'x'.join(map(str, size))}")
+        before = session.drawings.get(bundle)
+        if before is not None and before.label.shape != tuple(size):
+            if before.case is not None:
+                session.drawings[bundle] = self._of_case(place, before.case, tuple(size))
+            else:
+                label = uploads.fitted(before.label, place.labels, size)
+                known = zip(before.spacing, before.label.shape, size, strict=True) if before.spacing else ()
+                spacing = [mm * a / b for mm, a, b in known] or None
+                session.drawings[bundle] = replace(before, label=label, spacing=spacing)
+        session.sizes[bundle] = tuple(size)
 
     def take_upload(self, session: Session, bundle: str, path: str | Path, *, resize: bool) -> Drawing:
         """Take an uploaded map.
@@ -146,18 +175,18 @@ class Studio:
             UserError: see `monai_synth.studio.uploads.read_map`.
         """
         place = self.places[bundle]
-        label = uploads.read_map(path, session.folder, labels=place.labels, size=place.size, resize=resize)
+        label = uploads.read_map(
+            path, session.folder, labels=place.labels, size=self.size(session, bundle), resize=resize
+        )
         session.drawings[bundle] = Drawing(label, "upload")
         return session.drawings[bundle]
 
-    def take_picture(self, session: Session, bundle: str, picture: np.ndarray) -> Drawing:
-        """Take what was drawn; a map on which nothing was drawn stays what it was.
-
-        Raises:
-            UserError: see `monai_synth.studio.maps.from_picture`.
-        """
-        label = maps.from_picture(picture, self.colours(bundle), self.places[bundle].size)
-        return self._changed(session, bundle, label)
+    def take_drawn(self, session: Session, bundle: str, label: np.ndarray) -> Drawing:
+        """Take what was drawn, uint8 (H, W); a map on which nothing was drawn stays what it was."""
+        before = self.drawing(session, bundle)
+        if not np.array_equal(label, before.label):
+            session.drawings[bundle] = Drawing(label, "drawing", None, before.spacing)
+        return session.drawings[bundle]
 
     def stamp(
         self, session: Session, bundle: str, label_name: str, *, row: float, column: float, diameter: float
@@ -171,23 +200,13 @@ class Studio:
         if label_name not in place.labels:
             raise UserError(f"{label_name!r} is no label of {bundle}; its labels are {', '.join(place.labels)}")
         label = maps.stamp(self.drawing(session, bundle).label, place.labels[label_name], (row, column), diameter)
-        return self._changed(session, bundle, label)
+        return self.take_drawn(session, bundle, label)
 
     def drawing(self, session: Session, bundle: str) -> Drawing:
         """The map of a bundle; empty at first."""
         if bundle not in session.drawings:
-            session.drawings[bundle] = Drawing(np.zeros(self.places[bundle].size, np.uint8))
+            session.drawings[bundle] = Drawing(np.zeros(self.size(session, bundle), np.uint8))
         return session.drawings[bundle]
-
-    def _changed(self, session: Session, bundle: str, label: np.ndarray) -> Drawing:
-        before = self.drawing(session, bundle)
-        if not np.array_equal(label, before.label):
-            session.drawings[bundle] = Drawing(label, "drawing", None, before.spacing)
-        return session.drawings[bundle]
-
-    def _label(self, place: Place, case: Mapping) -> np.ndarray:
-        """A case's map at the model's size."""
-        return uploads.fitted(read_label_file(case["label"]), place.labels, place.size)
 
     # Sampling
 
@@ -251,6 +270,7 @@ class Studio:
                     raise CancelledError
                 place = self.places[bundle]
                 drawing = self.drawing(session, bundle) if with_map and place.labels else None
+                request = replace(request, size=self.size(session, bundle))
                 job = make_job(place, self.model(bundle, request), request, session.folder, drawing)
                 run = run_job(place, job, device=self.device, progress=progress, cancel=session._cancel)
                 session.runs[bundle] = run
