@@ -7,11 +7,18 @@ names. ``MONAI_SYNTH_SCREENSHOTS`` names a folder that is to keep pictures of th
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib.util
 import io
+import json
 import os
+import re
 import shutil
+import signal
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -31,6 +38,7 @@ from monai_synth.studio.server import free_port, serve
 CHROMIUM = os.environ.get("MONAI_SYNTH_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+CONTRAST = Path(__file__).parent / "studio_contrast.js"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 PATIENCE = 20_000  # ms that a page may take on a busy machine
 
@@ -139,6 +147,93 @@ def test_no_file_outside_its_folder_is_served(path: str, place: tuple) -> None:
     assert b"secret" not in content or b"detail" in content
 
 
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def form(name: str) -> tuple[bytes, dict[str, str]]:
+    """The head of an upload, and its headers."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    return head.encode(), {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_an_upload_of_100_mb_is_refused_before_it_is_read_and_nothing_is_left(place: tuple) -> None:
+    before = files(place[1])
+    head, headers = form("map.png")
+    connection = http.client.HTTPConnection(place[0].removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/gradio_api/upload")
+    for name, value in {**headers, "Content-Length": str(100 * 2**20)}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    connection.send(head)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert b"100 MB were sent, allowed are 32" in answer.read()
+    connection.close()
+    assert files(place[1]) == before
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_an_upload_that_does_not_tell_its_size_is_cut_off_and_nothing_is_left(place: tuple) -> None:
+    before = files(place[1])
+    head, headers = form("map.png")
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        yield head
+        while sent < 100:
+            sent += 1
+            yield bytes(2**20)
+
+    connection = http.client.HTTPConnection(place[0].removeprefix("http://"), timeout=60)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("POST", "/gradio_api/upload", endless(), headers, encode_chunked=True)
+        pytest.fail(f"was answered: {connection.getresponse().status}")
+    connection.close()
+    assert sent < 60
+    assert files(place[1]) == before
+
+
+@pytest.mark.slow
+@needs_gradio
+@pytest.mark.parametrize(
+    "name", ["../../evil.png", "..%2f..%2fevil.png", "..\\..\\evil.png", "/evil.png", "a/../../evil.png"]
+)
+def test_no_name_of_an_upload_leads_out_of_the_folder(name: str, place: tuple) -> None:
+    head, headers = form(name)
+    body = head + b"x\r\n--x--\r\n"
+    request = urllib.request.Request(f"{place[0]}/gradio_api/upload", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        (path,) = json.loads(answer.read())
+    assert Path(path).resolve().is_relative_to(place[1].resolve())
+    assert not [found for found in place[1].parent.rglob("*evil.png") if not found.is_relative_to(place[1])]
+    assert not Path("/evil.png").exists()
+
+
+@pytest.mark.slow
+@needs_gradio
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "service"])
+def test_the_folder_is_removed_on_ctrl_c_and_when_the_service_is_stopped(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before, there = signal.getsignal(signal.SIGTERM), []
+
+    def stop(line: str) -> None:
+        there.extend(tmp_path.glob("monai_synth_studio_*"))
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
+    serve(bundles=str(tmp_path), port=0, device="cpu", report=stop)
+    assert len(there) == 1
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # In a browser
 
 
@@ -147,29 +242,38 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as player:
-        made = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"])
+        made = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
         made.close()
 
 
 @pytest.fixture(params=list(WIDTHS))
 def tab(request: pytest.FixtureRequest, browser: Any, place: tuple) -> Iterator[Any]:
-    """An open page that has asked no other machine for anything."""
+    """An open page that has asked no other machine for anything; by finger at the width of a phone."""
     width, height = WIDTHS[request.param]
-    page = browser.new_page(viewport={"width": width, "height": height})
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, has_touch=request.param == "phone", accept_downloads=True
+    )
+    page = context.new_page()
     page.set_default_timeout(PATIENCE)
     hosts: set[str] = set()
+    faults: list[str] = []
     page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(place[0])
     page.wait_for_selector("#lsdm-generate")
-    page.wait_for_selector("#lsdm-editor canvas")
     yield page
+    picture(page, f"{request.node.originalname}-{request.param}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
+    context.close()
+    assert hosts == {place[0].removeprefix("http://")}
+    assert not faults
+
+
+def picture(page: Any, name: str) -> None:
     folder = os.environ.get("MONAI_SYNTH_SCREENSHOTS")
     if folder:
-        page.screenshot(path=str(Path(folder) / f"{request.node.originalname}-{request.param}.png"), full_page=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
-    page.close()
-    assert hosts == {place[0].removeprefix("http://")}
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
 def says(page: Any, name: str, text: str) -> None:
@@ -178,22 +282,24 @@ def says(page: Any, name: str, text: str) -> None:
     )
 
 
-def draw(tab: Any) -> None:
-    """A stroke of the brush in the middle of the map."""
-    canvas = tab.locator("#lsdm-editor canvas").first
+def go_to(page: Any, name: str) -> None:
+    """Open a tab, from the menu of those that find no place where there is little."""
+    shown = page.get_by_role("tab", name=name, exact=True)
+    if not shown.is_visible():
+        page.locator(".overflow-menu button").first.click()
+    page.get_by_text(name, exact=True).last.click()
+
+
+def draw(page: Any) -> None:
+    """A stroke of the brush from the middle of the map to the right."""
+    canvas = page.locator("#lsdm-map canvas")
     canvas.scroll_into_view_if_needed()
-    tab.locator("#lsdm-editor").get_by_role("button", name="Brush", exact=True).click()
     box = canvas.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    tab.mouse.move(*middle)
-    tab.mouse.down()
-    tab.mouse.move(middle[0] + 15, middle[1] + 8, steps=5)
-    tab.mouse.up()
-    tab.wait_for_timeout(1500)
-
-
-def panel(page: Any) -> Any:
-    return page.locator("[role=tabpanel]:visible").first
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + box["width"] / 8, middle[1], steps=4)
+    page.mouse.up()
 
 
 @pytest.mark.slow
@@ -203,12 +309,10 @@ def test_upload_draw_generate_and_download(tab: Any, tmp_path: Path) -> None:
     label[8:56, 8:56] = 4
     Image.fromarray(label).save(tmp_path / "my map.png")
     tab.locator("#lsdm-upload input[type=file]").set_input_files(tmp_path / "my map.png")
-    says(tab, "body", "Labels in it: background, lung.")
-    if tab.viewport_size["width"] == WIDTHS["desk"][0]:
-        draw(tab)
-    else:  # where there is little room a nodule is stamped
-        tab.click("#lsdm-stamp")
-        says(tab, "body", "Stamped nodule_malignant")
+    says(tab, "#lsdm-map-status", "Your map was read")
+    says(tab, "#lsdm-map", "On the map: background, lung.")
+    draw(tab)
+    says(tab, "#lsdm-map", "On the map: background, lung, nodule_malignant.")
     tab.click("#lsdm-generate")
     says(tab, "#lsdm-status", "4 images, seeds from 0")
     assert tab.locator("#lsdm-gallery img").count() >= 4
@@ -222,44 +326,133 @@ def test_upload_draw_generate_and_download(tab: Any, tmp_path: Path) -> None:
         label = np.asarray(Image.open(io.BytesIO(content.read(next(n for n in names if n.startswith("labels/"))))))
     assert len([name for name in names if name.startswith("images/")]) == 4
     assert "provenance.jsonl" in names
-    assert (label == 7).sum() > 3  # what was drawn
     assert set(np.unique(label)) == {0, 4, 7}
+    rows, columns = np.nonzero(label == 7)  # what was drawn is where it was drawn, as wide as the brush
+    assert abs(rows.mean() - 31.5) < 1
+    assert columns.min() < 31 < 39 < columns.max() < 44
+    assert np.ptp(rows) + 1 == pytest.approx(4, abs=1)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_by_keyboard_alone_a_map_is_painted_and_stamped_and_an_image_made(tab: Any) -> None:
+    def reach(name: str) -> None:
+        for _ in range(120):
+            tab.keyboard.press("Tab")
+            if tab.evaluate("name => document.activeElement?.closest(name) !== null", name):
+                return
+        raise AssertionError(f"{name} is not reached by the tab key")
+
+    reach("#lsdm-stamp")
+    tab.keyboard.press("Enter")
+    says(tab, "#lsdm-map-status", "Stamped nodule_malignant at row 31, column 31")
+    reach("#lsdm-map input[type=radio]")
+    tab.keyboard.press("ArrowUp")
+    reach("#lsdm-map canvas")
+    for key in ("Shift+ArrowUp", "ArrowLeft", "Space"):
+        tab.keyboard.press(key)
+    says(tab, "#lsdm-map", "Row 24, column 31 of 64 x 64. On the map: background, nodule_indeterminate, nodule_malig")
+    tab.keyboard.press("Control+z")
+    says(tab, "#lsdm-map", "On the map: background, nodule_malignant.")
+    reach("#lsdm-generate")
+    tab.keyboard.press("Enter")
+    says(tab, "#lsdm-status", "4 images, seeds from 0")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_another_resolution_resizes_the_map_and_the_images(tab: Any) -> None:
+    tab.click("#lsdm-take")
+    says(tab, "#lsdm-map-status", "Map of test / p0016")
+    tab.locator("#lsdm-size input").click()
+    tab.get_by_role("option", name="96 x 96").click()
+    says(tab, "#lsdm-map", "of 96 x 96. On the map: background, body")
+    tab.click("#lsdm-generate")
+    says(tab, "#lsdm-status", "4 images, seeds from 0")
+    assert tab.locator("#lsdm-gallery img").first.evaluate("image => image.naturalWidth") == 3 * 96
 
 
 @pytest.mark.slow
 @needs_browser
 def test_a_wrong_upload_and_an_empty_map_are_told(tab: Any, tmp_path: Path) -> None:
     tab.click("#lsdm-generate")
-    says(tab, "body", "the label map is empty")
+    says(tab, "#lsdm-status", "the label map is empty")
     (tmp_path / "map.png").write_text("no picture")
     tab.locator("#lsdm-upload input[type=file]").set_input_files(tmp_path / "map.png")
-    says(tab, "body", "is not what its ending .png says")
+    says(tab, "#lsdm-map-status", "is not what its ending .png says")
+
+
+def begin_a_long_sampling(tab: Any) -> None:
+    go_to(tab, "jdm")
+    tab.locator("#jdm-what").get_by_text("whole pairs").click()
+    panel = tab.locator("[role=tabpanel]:visible").first
+    panel.get_by_label("number input for Images", exact=True).fill("64")
+    panel.get_by_role("button", name="Sampler").click()
+    panel.get_by_label("number input for Steps").fill("50")
+    tab.click("#jdm-generate")
+    says(tab, "#jdm-status", "Cancel stops it")
 
 
 @pytest.mark.slow
 @needs_browser
 def test_cancel_stops_and_a_second_click_does_not_start_another(tab: Any) -> None:
-    tab.get_by_role("tab", name="jdm").click() if tab.get_by_role("tab", name="jdm").is_visible() else None
-    tab.locator("#jdm-what").get_by_text("whole pairs").click()
-    panel(tab).get_by_label("number input for Images", exact=False).first.fill("64")
-    panel(tab).get_by_role("button", name="Sampler").click()
-    panel(tab).get_by_label("number input for Steps", exact=False).first.fill("50")
+    begin_a_long_sampling(tab)
+    tab.wait_for_selector("#jdm-gallery .progress-text, #jdm-gallery .progress-level")
+    picture(tab, f"sampling-{tab.viewport_size['width']}")
     tab.click("#jdm-generate")
-    says(tab, "#jdm-status", "Cancel stops it")
-    tab.click("#jdm-generate")
-    says(tab, "body", "waiting or running")
+    says(tab, "#jdm-status", "waiting or running")
     tab.click("#jdm-cancel")
     says(tab, "#jdm-status", "Cancelled")
 
 
 @pytest.mark.slow
 @needs_browser
+def test_a_second_user_waits_until_the_first_ones_sampling_ends(tab: Any, browser: Any, place: tuple) -> None:
+    begin_a_long_sampling(tab)
+    second = browser.new_page(viewport={"width": 1280, "height": 900})
+    second.set_default_timeout(PATIENCE)
+    second.goto(place[0])
+    second.wait_for_selector("#lsdm-generate")
+    go_to(second, "cfg_ddpm")
+    second.click("#cfg_ddpm-generate")
+    says(second, "#cfg_ddpm-status", "Waiting for your turn")
+    second.wait_for_timeout(500)
+    assert second.locator("#cfg_ddpm-gallery img").count() == 0
+    tab.click("#jdm-cancel")
+    says(tab, "#jdm-status", "Cancelled")
+    says(second, "#cfg_ddpm-status", "4 images, seeds from 0")
+    second.close()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_closed_browser_ends_its_sampling_and_its_files(browser: Any, place: tuple) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(place[0])
+    page.wait_for_selector("#lsdm-generate")
+    before = set(place[1].glob("session-*"))
+    begin_a_long_sampling(page)
+    folder = next(iter(set(place[1].glob("session-*")) - before))
+    session = next(s for s in place[2].studio._sessions.values() if s.folder == folder)
+    assert session._busy
+    page.close()
+    for _ in range(200):
+        if not session._busy and not folder.exists():
+            break
+        time.sleep(0.1)
+    assert not folder.exists()
+    assert not session._busy
+    assert "jdm" not in session.runs
+
+
+@pytest.mark.slow
+@needs_browser
 def test_a_reader_marks_by_keyboard_and_learns_the_truth_after(tab: Any) -> None:
-    if not tab.get_by_role("tab", name="reader training").is_visible():
-        tab.locator("button.overflow-menu, .overflow-menu button").first.click()
-    tab.get_by_text("reader training").last.click()
+    go_to(tab, "reader training")
     tab.locator("#reading-start").press("Enter")
     says(tab, "#reading-status", "Case 1 of 4")
+    picture(tab, f"reading-before-{tab.viewport_size['width']}")
     tab.locator("#reading-row input").fill("30")
     tab.locator("#reading-column input").fill("20")
     tab.locator("#reading-rating input").nth(3).press("Space")
@@ -271,8 +464,23 @@ def test_a_reader_marks_by_keyboard_and_learns_the_truth_after(tab: Any) -> None
 
 
 @pytest.mark.slow
+@needs_browser
+def test_every_control_has_a_name_and_every_word_stands_out(tab: Any) -> None:
+    tab.click("#lsdm-take")
+    says(tab, "#lsdm-map-status", "Map of")
+    for name in ("lsdm", "spade_gan", "jdm", "cfg_ddpm", "fad", "reader training"):
+        go_to(tab, name)
+        tab.wait_for_timeout(300)
+        for button in tab.get_by_role("button", name="Sampler").all():
+            if button.is_visible():
+                button.click()
+        found = tab.evaluate(CONTRAST.read_text(encoding="utf-8"))
+        assert found == {"unnamed": [], "faint": []}, name
+
+
+@pytest.mark.slow
 @needs_gradio
-def test_without_models_the_first_screen_tells_how_to_train_one(tmp_path: Path) -> None:
+def test_without_models_the_first_screen_tells_how_to_train_one(tmp_path: Path, repo_root: Path) -> None:
     lines: list[str] = []
     page = serve(
         bundles=str(tmp_path), port=0, device="cpu", work_dir=str(tmp_path / "work"), report=lines.append, wait=False
@@ -280,6 +488,8 @@ def test_without_models_the_first_screen_tells_how_to_train_one(tmp_path: Path) 
     try:
         content = get(lines[0].split()[2])[1].decode()
         assert "No trained model is here yet" in content
-        assert "bundles/lsdm/configs/train.json" in content
+        for config in re.findall(r"--config_file (bundles/\S+?\.json)", content):
+            assert (repo_root / config).is_file()
+        assert "run training --config_file bundles/lsdm/configs/train.json" in content
     finally:
         page.close(verbose=False)

@@ -21,7 +21,10 @@ from monai_synth.studio.maps import hex_of
 
 SCRIPT = Path(__file__).with_name("canvas.js")
 _CSS = """
-& { width: 100%; }
+& { width: 100%; color: var(--body-text-color); }
+& input[type=radio], & input[type=range] { appearance: auto; accent-color: #1d4ed8; }
+& input[type=radio] { width: 1rem; height: 1rem; margin: 0; }
+& label:has(input:checked) { font-weight: 700; }
 & .field { position: relative; overflow: hidden; max-width: 560px; line-height: 0; }
 & canvas { width: 100%; image-rendering: pixelated; touch-action: none; cursor: crosshair; border: 1px solid #767676; }
 & .ring { position: absolute; border: 1px solid #fff; outline: 1px solid #000; border-radius: 50%; }

@@ -10,7 +10,7 @@ import numpy as np
 
 from monai_synth.studio.canvas import from_text, map_canvas, to_text
 from monai_synth.studio.jobs import Drawing
-from monai_synth.studio.places import WHY_ONE_SIZE, Place
+from monai_synth.studio.places import OTHER_SIZES, WHY_ONE_SIZE, Place
 from monai_synth.studio.session import Session, Studio
 from monai_synth.studio.shown import status, told
 from monai_synth.studio.uploads import MAX_BYTES
@@ -28,7 +28,7 @@ def size_line(place: Place) -> str:
     line = f"Images of {by(place.size)} pixels"
     if place.bundle in WHY_ONE_SIZE:
         return f"{line}, and of no other size: {WHY_ONE_SIZE[place.bundle]}."
-    return f"{line}, as the model was trained on."
+    return f"{line}; other resolutions below."
 
 
 class MapPart:
@@ -49,7 +49,7 @@ class MapPart:
                     self.size = gr.Dropdown(
                         [(f"{choices[0]} (trained)", choices[0]), *((c, c) for c in choices[1:])], value=choices[0],
                         label="Resolution (rows x columns)", elem_id=f"{self.bundle}-size",
-                        info="The network takes others than the trained one, but was not trained on them.",
+                        info=OTHER_SIZES.get(self.bundle),
                     )  # fmt: skip
                 cases = list(place.cases())[:MOST_CHOICES]
                 if cases:

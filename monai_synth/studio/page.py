@@ -23,8 +23,23 @@ from monai_synth.studio.shown import status, told
 KEPT = (600, 86400)  # every 10 minutes, what was sent or shown a day ago is removed
 CSS = """
 .status p { font-size: 1rem; margin: 0.25rem 0; }
+.grid-wrap { max-height: none !important; }
+button[role=tab][aria-selected=true] { color: var(--primary-700) !important; }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300) !important; }
 *:focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 1px; }
 """
+# Words and their ground differ by a factor of 4.5 at least; some of Gradio's own colours do not.
+COLOURS = {
+    "block_info_text_color": "*neutral_600",
+    "block_label_text_color": "*neutral_700",
+    "block_title_text_color": "*neutral_700",
+    "body_text_color_subdued": "*neutral_600",
+    "input_placeholder_color": "*neutral_600",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_cancel_background_fill": "#b91c1c",
+    "button_cancel_background_fill_hover": "#991b1b",
+}
 # what changes is read out to those who do not see it
 LIVE = "() => document.querySelectorAll('.status').forEach(e => e.setAttribute('aria-live', 'polite'))"
 NO_MODELS = """## No trained model is here yet
@@ -42,6 +57,12 @@ DEMO = {
     "lsdm": "python -m monai.bundle run training --config_file bundles/lsdm/configs/train.json",
     "jdm": "python -m monai.bundle run training --config_file bundles/jdm/configs/train.json",
 }
+
+
+def theme() -> gr.themes.Base:
+    """Colours and fonts; no font is loaded from elsewhere."""
+    base = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return base.set(**COLOURS)
 
 
 def build_page(studio: Studio) -> gr.Blocks:
@@ -197,7 +218,7 @@ class BundleTab:
         begun.success(
             told(self._generate, 3, 1), [*([self.whole] if self.whole else []), self.show_map, *self.inputs],
             [self.gallery, self.told, self.file], concurrency_id="sampling", concurrency_limit=1,
-            api_name=False, show_progress_on=self.told,
+            api_name=False, show_progress_on=self.gallery,
         )  # fmt: skip
         self.stop.click(self._cancel, None, [self.told], queue=False, api_name=False)
         self.show_map.change(self._show, [self.show_map], [self.gallery], queue=False, api_name=False)
@@ -217,8 +238,8 @@ class BundleTab:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - this is how gradio hands it in
         *given: Any,
     ) -> tuple[Any, ...]:
-        session, values = self._session(request), list(given)
-        if not session.take_turn():
+        session, values = self.studio.known(str(request.session_hash)), list(given)
+        if session is None or not session.take_turn():  # the user is gone, or clicked twice
             return gr.skip(), gr.skip(), gr.skip()
         with_map = values.pop(0) == "mask" if self.whole is not None else True
         show_map = values.pop(0)

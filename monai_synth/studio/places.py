@@ -32,6 +32,10 @@ WHY_ONE_SIZE = {
     "cfg_ddpm": "without a map the network alone decides what is where, which it learned at this size",
     "fad": "without a map the network alone decides what is where, which it learned at this size",
 }
+OTHER_SIZES = {
+    "lsdm": "Trained at the first. The smaller it is, the less fine structures follow the map.",
+    "jdm": "Trained at the first. Structures keep their size in pixels, so a larger image shows more of them.",
+}
 
 
 @dataclass(frozen=True)

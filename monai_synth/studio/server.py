@@ -41,10 +41,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        sent = int(length) if length.isdigit() else 0
+        told = int(length) if length.isdigit() else 0
+        read, answered = 0, False
 
         async def send_more(message: dict[str, Any]) -> None:
+            nonlocal answered
+            if read > MAX_REQUEST and not answered:
+                return  # the answer is ours
             if message["type"] == "http.response.start":
+                answered = True
                 more = {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
                 message["headers"] = [*message.get("headers", []), *((k.encode(), v.encode()) for k, v in more.items())]
             await send(message)
@@ -53,17 +58,24 @@ class Guard:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            # Whoever sends more than was told, or did not tell, is cut off, as by a closed connection.
             return message if read <= MAX_REQUEST else {"type": "http.disconnect"}
 
-        read = 0
-        if sent > MAX_REQUEST:
-            body = f"{sent / 2**20:.0f} MB were sent, allowed are {MAX_BYTES // 2**20}; give one map in one file"
-            header = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            await send_more({"type": "http.response.start", "status": 413, "headers": header})
-            await send_more({"type": "http.response.body", "body": body.encode()})
-            return
-        await self.app(scope, receive_some, send_more)
+        if told <= MAX_REQUEST:
+            try:
+                await self.app(scope, receive_some, send_more)
+            except Exception:
+                if read <= MAX_REQUEST:
+                    raise
+        if max(told, read) > MAX_REQUEST and not answered:
+            await _refuse(send, max(told, read))
+
+
+async def _refuse(send: Any, size: int) -> None:
+    """Answer that a request is too large, and close the connection, so that no more of it is read."""
+    body = f"{size / 2**20:.0f} MB were sent, allowed are {MAX_BYTES // 2**20}; give one map in one file"
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": body.encode()})
 
 
 def serve(
@@ -97,18 +109,21 @@ def serve(
     places = find_places(bundles, ckpt_dirs=ckpt_dir, dataset_dirs=dataset_dir)
     device = chosen_device(device)
     port = free_port(host, port)
-    folder, is_ours = _work_dir(work_dir)
-    try:
-        page_of, css, gradio = _gradio(folder)
+    with contextlib.ExitStack() as ending:
+        if wait:
+            ending.enter_context(_ended_by_sigterm())
+        folder, is_ours = _work_dir(work_dir)
+        if is_ours:
+            ending.callback(shutil.rmtree, folder, ignore_errors=True)
+        page_module = _page_module(folder)
         studio = Studio(places, folder, device=device)
-        page = page_of(studio)
+        page = page_module.build_page(studio)
         page.queue(max_size=64, api_open=False)
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, inbrowser=False, prevent_thread_lock=True,
             allowed_paths=[str(folder)], max_file_size=MAX_BYTES, show_error=False, enable_monitoring=False,
-            ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], css=css,
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            app_kwargs={"middleware": [_middleware()]},
+            ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], css=page_module.CSS,
+            theme=page_module.theme(), app_kwargs={"middleware": [_middleware()]},
         )  # fmt: skip
         page.studio = studio
         shown = ", ".join(places) or "no bundle yet, the page says how to train one"
@@ -117,16 +132,11 @@ def serve(
         if host not in LOOPBACK:
             report(f"warning: {host} can be reached from other machines, and the page asks nobody for a password")
         if not wait:
+            ending.pop_all()
             return page
-        try:
-            with _ended_by_sigterm():
-                page.block_thread()
-        finally:
-            page.close(verbose=False)
-            studio.close_all()
-    finally:
-        if wait and is_ours:
-            shutil.rmtree(folder, ignore_errors=True)
+        ending.callback(studio.close_all)
+        ending.callback(page.close, verbose=False)
+        page.block_thread()
     return None
 
 
@@ -183,20 +193,20 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _gradio(folder: Path) -> tuple[Callable[[Studio], Any], str, Any]:
-    """Gradio, set to stay silent and within the folder; it reads its environment when it is imported."""
+def _page_module(folder: Path) -> Any:
+    """The module of the page, and with it Gradio, silent and within the folder: it reads its environment on import."""
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder / "gradio"), HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_TELEMETRY="1", GRADIO_SHARE="False",
     )  # fmt: skip
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError as error:
         msg = f"the studio needs Gradio, which is not there ({error}); install it: pip install 'monai_synth[studio]'"
         raise UserError(msg) from error
-    from monai_synth.studio.page import CSS, build_page
+    from monai_synth.studio import page
 
-    return build_page, CSS, gradio
+    return page
 
 
 def _middleware() -> Any:

@@ -37,6 +37,7 @@ class Session:
         runs: bundle -> what was made last.
         reading: cases that are being read.
         mark: (row, column) that the reader marked.
+        closed: the user is gone; nothing of it may stay.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Session:
     runs: dict[str, Run] = field(default_factory=dict)
     reading: Reading | None = None
     mark: tuple[float, float] | None = None
+    closed: bool = False
     _cancel: threading.Event = field(default_factory=threading.Event)
     _busy: bool = False
     _has_turn: bool = False
@@ -105,11 +107,17 @@ class Studio:
                 self._sessions[key] = Session(folder)
             return self._sessions[key]
 
+    def known(self, key: str) -> Session | None:
+        """The session of a user who is still there."""
+        with self._guard:
+            return self._sessions.get(key)
+
     def close(self, key: str) -> None:
         """End a session whose user is gone: what runs stops, its files are removed."""
         with self._guard:
             session = self._sessions.pop(key, None)
         if session is not None:
+            session.closed = True
             session.cancel()
             shutil.rmtree(session.folder, ignore_errors=True)
 
@@ -277,6 +285,8 @@ class Studio:
                 return run
         finally:
             session.end()
+            if session.closed:
+                shutil.rmtree(session.folder, ignore_errors=True)
 
     # Reading
 
