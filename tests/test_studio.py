@@ -209,7 +209,7 @@ def test_the_same_seed_gives_the_same_bytes_as_the_bundles_own_sampling(
         values |= {"dataset_dir": str(tmp_path)}
     else:
         values = {"per_class": 2} | ({"guidance_scale": 2.0} if bundle == "cfg_ddpm" else {})
-    made = generate(studio, session, name, request, with_map=bundle != "pairs")
+    made = generate(studio, session, name, request, given="nothing" if bundle == "pairs" else "map")
     own = bundle_images(name, place.ckpt_dir, tmp_path / "own", **values)
     form = made.forms[-2] if place.labels else made.forms[-1]
     form = "nnU-Net dataset (PNG)" if place.labels else form
@@ -283,9 +283,9 @@ def test_one_user_generates_once_at_a_time_and_cancels_while_waiting(studio: Stu
     second.begin()  # another user is not in the way
     assert second.cancel()
     with pytest.raises(CancelledError):
-        studio.generate(second, "jdm", ask(), with_map=False)
+        studio.generate(second, "jdm", ask(), given="nothing")
     assert not second.cancel()
-    studio.generate(first, "jdm", ask(), with_map=False)
+    studio.generate(first, "jdm", ask(), given="nothing")
 
 
 def test_a_click_gives_one_turn_and_a_second_click_none(studio: Studio) -> None:
@@ -374,6 +374,35 @@ def test_another_resolution_gives_the_same_bytes_as_the_bundles_own_sampling(
     assert all(Image.open(io.BytesIO(data)).size == (96, 96) for data in own.values())
 
 
+def test_masks_for_an_image_are_those_of_the_bundles_own_sampling(studio: Studio, tmp_path: Path) -> None:
+    session, folder = studio.session("a"), tmp_path / "images"
+    folder.mkdir()
+    path = write(tmp_path / "my image.png", np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8))
+    image = studio.take_picture(session, "jdm", path, resize=False)
+    made = generate(studio, session, "jdm", ask(seed=5, precision="float32"), given="image")
+    case_id = made.batches[0]["case_id"][0].rsplit("_s", 1)[0]
+    write(folder / f"{case_id}.png", image[0])
+    values = {"num_samples": 2, "condition": "image", "images": str(folder), "dataset_dir": str(tmp_path)}
+    own = bundle_images("jdm", studio.places["jdm"].ckpt_dir, tmp_path / "own", **values)
+    content = archive(write_zip(made, session.folder, "nnU-Net dataset (PNG)"))
+    pictures = {Path(name).name: data for name, data in content.items() if "Tr/" in name}
+    assert {name: pictures[name] for name in own} == own
+    np.testing.assert_array_equal(next(made.samples()).image, image[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [((32, 32, 3), r"colour \(3 channels\), the model's images are grey"), ((48, 32), "tick 'resize'")],
+)
+def test_an_image_of_other_channels_or_size_is_refused(shape: tuple, told: str, studio: Studio, tmp_path: Path) -> None:
+    session = studio.session("a")
+    path = write(tmp_path / "image.png", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=told):
+        studio.take_picture(session, "jdm", path, resize=False)
+    with pytest.raises(UserError, match="there is no image yet"):
+        generate(studio, session, "jdm", ask(), given="image")
+
+
 def test_a_model_makes_the_sizes_that_its_network_takes_and_no_other(studio: Studio) -> None:
     session = studio.session("a")
     assert studio.places["lsdm"].sizes == ((64, 64), (48, 48), (80, 80), (96, 96), (128, 128))
@@ -392,8 +421,8 @@ def test_a_change_of_resolution_keeps_the_map_and_an_old_drawing_no_longer_fits(
     label = studio.drawing(session, "jdm").label
     assert label.shape == (48, 48)
     assert label.sum() == pytest.approx(1.5**2 * drawn.label.sum(), rel=0.1)
-    for with_map in (True, False):
-        made = generate(studio, session, "jdm", ask(num_images=1), with_map=with_map)
+    for given in ("map", "nothing"):
+        made = generate(studio, session, "jdm", ask(num_images=1), given=given)
         assert next(made.samples()).image.shape == (48, 48)
     studio.take_size(session, "jdm", (32, 32))
     assert studio.drawing(session, "jdm").label.shape == (32, 32)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from monai_synth.checks import whole
-from monai_synth.data.pair_files import write_label
+from monai_synth.data.pair_files import write_image, write_label
 from monai_synth.errors import UserError
 from monai_synth.export.classes import ClassExport, class_folders
 from monai_synth.export.handler import LabelledImageExport, SampleExport
@@ -108,8 +108,12 @@ class Drawing:
     @property
     def name(self) -> str:
         """Of the map, by its content."""
-        content = np.ascontiguousarray(self.label)
-        return f"map-{hashlib.sha256(repr(content.shape).encode() + content.tobytes()).hexdigest()[:10]}"
+        return f"map-{_digest(self.label)}"
+
+
+def _digest(array: np.ndarray) -> str:
+    content = np.ascontiguousarray(array)
+    return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -202,19 +206,29 @@ def map_job(place: Place, model: LSDMModel | OneFileModel, drawing: Drawing, req
     )
 
 
-def pair_job(place: Place, model: OneFileModel, drawing: Drawing | None, request: Request, folder: Path) -> Job:
-    """Images for a mask, or whole pairs where none is given, by jdm; see :func:`map_job`.
+def pair_job(
+    place: Place,
+    model: OneFileModel,
+    drawing: Drawing | None,
+    image: np.ndarray | None,
+    request: Request,
+    folder: Path,
+) -> Job:
+    """Images for a mask, masks for an image, uint8 (C, H, W), or whole pairs where neither is given, by jdm.
+
+    See :func:`map_job`.
 
     Raises:
         UserError: what the bundle's own sampling refuses.
     """
     contract = model.contract
-    condition = None if drawing is None else "mask"
+    condition = "mask" if drawing is not None else "image" if image is not None else None
     dataset = PairSamplingDataset(
         condition=condition,
         dataset_dir=folder,
         split="test",
         label_dir=None if drawing is None else _written(drawing, folder).parent,
+        image_dir=None if image is None else _written_image(image, folder).parent,
         num_samples=request.num_images,
         seed=request.seed,
         image_size=request.size or place.size,
@@ -290,7 +304,12 @@ def class_job(place: Place, model: OneFileModel, request: Request) -> Job:
 
 
 def make_job(
-    place: Place, model: LSDMModel | OneFileModel, request: Request, folder: Path, drawing: Drawing | None = None
+    place: Place,
+    model: LSDMModel | OneFileModel,
+    request: Request,
+    folder: Path,
+    drawing: Drawing | None = None,
+    image: np.ndarray | None = None,
 ) -> Job:
     """The job of a bundle.
 
@@ -301,7 +320,7 @@ def make_job(
     if request.size is not None and tuple(request.size) not in place.sizes:
         got, allowed = "x".join(map(str, request.size)), ", ".join("x".join(map(str, size)) for size in place.sizes)
         raise UserError(f"images of {got} pixels are asked for; {place.bundle} makes {allowed} here")
-    makers = {"jdm": partial(pair_job, drawing=drawing, folder=folder)}
+    makers = {"jdm": partial(pair_job, drawing=drawing, image=image, folder=folder)}
     if place.bundle in ("lsdm", "spade_gan"):
         if drawing is None:
             raise UserError("there is no label map yet; take one of the dataset, upload one, or draw one")
@@ -323,4 +342,13 @@ def _written(drawing: Drawing, folder: Path) -> Path:
     path = folder / drawing.name / f"{drawing.name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_label(path, drawing.label)
+    return path
+
+
+def _written_image(image: np.ndarray, folder: Path) -> Path:
+    """The image's file, alone in a folder of its own."""
+    name = f"image-{_digest(image)}"
+    path = folder / name / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, image)
     return path

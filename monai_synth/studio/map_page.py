@@ -42,22 +42,22 @@ class MapPart:
     def __init__(self, studio: Studio, place: Place) -> None:
         self.studio, self.place, self.bundle = studio, place, place.bundle
         names, largest = list(place.labels), max(2, max(place.size) // 2)
-        with gr.Row():
+        if len(place.sizes) > 1:
+            choices = [by(size) for size in place.sizes]
+            self.size = gr.Dropdown(
+                [(f"{choices[0]} (trained)", choices[0]), *((c, c) for c in choices[1:])], value=choices[0],
+                label="Resolution (rows x columns)", elem_id=f"{self.bundle}-size",
+                info=OTHER_SIZES.get(self.bundle),
+            )  # fmt: skip
+        with gr.Row() as self.row_of_map:
             with gr.Column(scale=1, min_width=280):
-                if len(place.sizes) > 1:
-                    choices = [by(size) for size in place.sizes]
-                    self.size = gr.Dropdown(
-                        [(f"{choices[0]} (trained)", choices[0]), *((c, c) for c in choices[1:])], value=choices[0],
-                        label="Resolution (rows x columns)", elem_id=f"{self.bundle}-size",
-                        info=OTHER_SIZES.get(self.bundle),
-                    )  # fmt: skip
                 cases = list(place.cases())[:MOST_CHOICES]
                 if cases:
                     self.case = gr.Dropdown(cases, value=cases[0], label="Map of the dataset")
                     self.take = gr.Button("Take this map", elem_id=f"{self.bundle}-take")
                 self.upload = gr.File(
                     label=f"Upload a map: PNG or NIfTI, 2-D, up to {MAX_BYTES // 2**20} MB",
-                    file_types=[".png", ".nii", ".gz"], type="filepath", height=130, elem_id=f"{self.bundle}-upload",
+                    file_types=[".png", ".nii", ".gz"], type="filepath", height=160, elem_id=f"{self.bundle}-upload",
                 )  # fmt: skip
                 self.resize = gr.Checkbox(False, label="Resize what I upload to the resolution above")
                 with gr.Accordion("Stamp: a disc by numbers", open=True):

@@ -14,6 +14,7 @@ from monai_synth.precision import PRECISIONS
 from monai_synth.studio import maps
 from monai_synth.studio.jobs import MOST_AT_ONCE, MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, Request
 from monai_synth.studio.map_page import MapPart, size_line
+from monai_synth.studio.picture_page import PicturePart
 from monai_synth.studio.places import BUNDLES, Place
 from monai_synth.studio.reader_page import reader_tab
 from monai_synth.studio.runs import CancelledError, Run, write_zip
@@ -23,6 +24,10 @@ from monai_synth.studio.shown import status, told
 KEPT = (600, 86400)  # every 10 minutes, what was sent or shown a day ago is removed
 CSS = """
 .status p { font-size: 1rem; margin: 0.25rem 0; }
+@media (min-width: 768px) {  /* the case beside what is chosen and answered; where there is little room, between them */
+  #reading-parts { display: grid; grid-template: auto 1fr / minmax(280px, 1fr) 2fr; }
+  #reading-case { grid-area: 1 / 2 / 3 / 3; }
+}
 .grid-wrap { max-height: none !important; }
 button[role=tab][aria-selected=true] { color: var(--primary-700) !important; }
 .dark button[role=tab][aria-selected=true] { color: var(--primary-300) !important; }
@@ -99,6 +104,11 @@ def _leave(studio: Studio) -> Callable[[gr.Request], None]:
     return leave
 
 
+def _parts(what: str) -> tuple[Any, Any]:
+    """Show the part that gives the model what it is to get."""
+    return gr.update(visible=what == "map"), gr.update(visible=what == "image")
+
+
 class BundleTab:
     """The controls of one bundle.
 
@@ -113,9 +123,13 @@ class BundleTab:
         self.inputs: list[Any] = []
         self.whole: gr.Radio | None = None
         if self.bundle == "jdm":
-            choices = [("image for the mask below", "mask"), ("whole pairs of image and mask", "pairs")]
-            self.whole = gr.Radio(choices, value="mask", label="What to make", elem_id="jdm-what")
+            choices = [("images for a mask", "map"), ("masks for an image", "image"), ("whole pairs", "nothing")]
+            self.whole = gr.Radio(choices, value="map", label="What to make", elem_id="jdm-what")
         self.map = MapPart(studio, place) if place.labels else None
+        if self.whole is not None and self.map is not None:
+            picture = PicturePart(studio, place)
+            shown = [self.map.row_of_map, picture.row]
+            self.whole.change(_parts, [self.whole], shown, queue=False, api_name=False)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 self._settings()
@@ -226,7 +240,7 @@ class BundleTab:
 
     def _begin(self, request: gr.Request, *values: Any) -> str:
         session = self._session(request)
-        needs_map = self.map is not None and (self.whole is None or values[-1] == "mask")
+        needs_map = self.map is not None and (self.whole is None or values[-1] == "map")
         if needs_map and not self.map.read(session, values[0]).label.any():
             raise UserError("the label map is empty; take one of the dataset, upload one, or draw one")
         session.begin()
@@ -241,7 +255,7 @@ class BundleTab:
         session, values = self.studio.known(str(request.session_hash)), list(given)
         if session is None or not session.take_turn():  # the user is gone, or clicked twice
             return gr.skip(), gr.skip(), gr.skip()
-        with_map = values.pop(0) == "mask" if self.whole is not None else True
+        what = values.pop(0) if self.whole is not None else "map"
         show_map = values.pop(0)
         try:
             asked = self.request(values)
@@ -253,7 +267,7 @@ class BundleTab:
             progress((done, total), desc="sampling", unit="steps")
 
         try:
-            run = self.studio.generate(session, self.bundle, asked, with_map=with_map, progress=tell)
+            run = self.studio.generate(session, self.bundle, asked, given=what, progress=tell)
         except CancelledError:
             return gr.skip(), status("Cancelled. Nothing was kept of it."), gr.skip()
         pictures = self.pictures(run, show_map)

@@ -35,8 +35,8 @@ def reader_tab(studio: Studio) -> None:
         "Some cases have none; some may be synthetic. This trains the eye and is no test of a reader."
     )
     bundles = [name for name, place in studio.places.items() if place.labels and len(place.size) == 2]
-    with gr.Row():
-        with gr.Column(scale=1, min_width=280):
+    with gr.Row(elem_id="reading-parts"):
+        with gr.Column(scale=1, min_width=280, elem_id="reading-choice"):
             bundle = gr.Dropdown(bundles, value=bundles[0], label="Images of")
             choices = [
                 ("what I generated", "generated"), ("test split of the dataset", "dataset"), ("both, mixed", "both")
@@ -44,20 +44,21 @@ def reader_tab(studio: Studio) -> None:
             source = gr.Radio(choices, value="dataset", label="Cases")
             seed = gr.Number(0, label="Seed of the order", precision=0, minimum=0)
             start = gr.Button("Start", variant="primary", elem_id="reading-start")
-            row = gr.Number(None, label="Row of the mark", precision=0, minimum=0, elem_id="reading-row")
-            column = gr.Number(None, label="Column of the mark", precision=0, minimum=0, elem_id="reading-column")
-            rating = gr.Radio(_RATINGS, label="Malignancy", elem_id="reading-rating")
-            with gr.Row():
-                answer = gr.Button("Answer with this mark", elem_id="reading-answer")
-                none = gr.Button("There is none", elem_id="reading-none")
-            onward = gr.Button("Next case", elem_id="reading-next")
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=2, min_width=280, elem_id="reading-case"):
             told_line = gr.HTML("<p>Press Start.</p>", elem_classes="status", elem_id="reading-status")
             picture = gr.Image(
                 label="Case", type="numpy", format="png", interactive=False, buttons=[], elem_id="reading-image",
                 sources=(),
             )  # fmt: skip
             totals = gr.HTML("", elem_classes="status", elem_id="reading-totals")
+        with gr.Column(scale=1, min_width=280, elem_id="reading-mark"):
+            row = gr.Number(None, label="Row of the mark", precision=0, minimum=0, elem_id="reading-row")
+            column = gr.Number(None, label="Column of the mark", precision=0, minimum=0, elem_id="reading-column")
+            rating = gr.Radio(_RATINGS, label="Malignancy", elem_id="reading-rating")
+            with gr.Row():
+                answer = gr.Button("This mark", elem_id="reading-answer")
+                none = gr.Button("There is none", elem_id="reading-none")
+            onward = gr.Button("Next case", elem_id="reading-next")
 
     def session(request: gr.Request) -> Session:
         return studio.session(str(request.session_hash))

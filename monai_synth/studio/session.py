@@ -10,9 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from monai_synth.data.pair_files import read_image, resize_image
 from monai_synth.errors import UserError
 from monai_synth.inference.cases import read_label_file
 from monai_synth.inference.model import LSDMModel, OneFileModel, load_lsdm, load_model
@@ -33,6 +35,7 @@ class Session:
     Attributes:
         folder: of this user alone; its name cannot be guessed.
         drawings: bundle -> its map.
+        pictures: bundle -> image whose mask is wanted, uint8 (C, H, W).
         sizes: bundle -> S of what is to be made; the trained one where none was chosen.
         runs: bundle -> what was made last.
         reading: cases that are being read.
@@ -42,6 +45,7 @@ class Session:
 
     folder: Path
     drawings: dict[str, Drawing] = field(default_factory=dict)
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     reading: Reading | None = None
@@ -139,9 +143,7 @@ class Studio:
             UserError: no such case.
         """
         place = self.places[bundle]
-        case = place.cases().get(name)
-        if case is None:
-            raise UserError(f"{name!r} is no case of the dataset of {bundle}; choose one of the list")
+        case = _case_of(place, name)
         session.drawings[bundle] = self._of_case(place, case, self.size(session, bundle))
         return session.drawings[bundle]
 
@@ -188,6 +190,28 @@ class Studio:
         )
         session.drawings[bundle] = Drawing(label, "upload")
         return session.drawings[bundle]
+
+    def take_picture(self, session: Session, bundle: str, path: str | Path, *, resize: bool) -> np.ndarray:
+        """Take an uploaded image, whose mask is wanted, uint8 (C, H, W).
+
+        Raises:
+            UserError: see `monai_synth.studio.uploads.read_picture`.
+        """
+        channels, size = int(self.places[bundle].contract["image_channels"]), self.size(session, bundle)
+        image = uploads.read_picture(path, session.folder, channels=channels, size=size, resize=resize)
+        session.pictures[bundle] = image
+        return image
+
+    def take_case_picture(self, session: Session, bundle: str, name: str) -> np.ndarray:
+        """Take an image of the dataset, whose mask is wanted, uint8 (C, H, W).
+
+        Raises:
+            UserError: no such case.
+        """
+        place = self.places[bundle]
+        image = read_image(_case_of(place, name)["image"])
+        session.pictures[bundle] = resize_image(image, self.size(session, bundle))
+        return session.pictures[bundle]
 
     def take_drawn(self, session: Session, bundle: str, label: np.ndarray) -> Drawing:
         """Take what was drawn, uint8 (H, W); a map on which nothing was drawn stays what it was."""
@@ -252,7 +276,7 @@ class Studio:
         bundle: str,
         request: Request,
         *,
-        with_map: bool = True,
+        given: str = "map",
         progress: Progress | None = None,
         waiting: Callable[[], None] | None = None,
     ) -> Run:
@@ -262,7 +286,8 @@ class Studio:
             session: the user's.
             bundle: which.
             request: what is asked for.
-            with_map: give the model the session's map; False samples whole pairs of jdm.
+            given: what the model gets of the session: its "map", of jdm also its "image" or "nothing"; models of
+                classes take none of them.
             progress: called with (done, in all) after each step.
             waiting: called before the user's turn is waited for.
 
@@ -277,9 +302,10 @@ class Studio:
                 if session._cancel.is_set():
                     raise CancelledError
                 place = self.places[bundle]
-                drawing = self.drawing(session, bundle) if with_map and place.labels else None
+                drawing = self.drawing(session, bundle) if given == "map" and place.labels else None
+                image = self._picture(session, bundle) if given == "image" else None
                 request = replace(request, size=self.size(session, bundle))
-                job = make_job(place, self.model(bundle, request), request, session.folder, drawing)
+                job = make_job(place, self.model(bundle, request), request, session.folder, drawing, image)
                 run = run_job(place, job, device=self.device, progress=progress, cancel=session._cancel)
                 session.runs[bundle] = run
                 return run
@@ -287,6 +313,11 @@ class Studio:
             session.end()
             if session.closed:
                 shutil.rmtree(session.folder, ignore_errors=True)
+
+    def _picture(self, session: Session, bundle: str) -> np.ndarray:
+        if bundle not in session.pictures:
+            raise UserError("there is no image yet; upload one, or take one of the dataset")
+        return resize_image(session.pictures[bundle], self.size(session, bundle))
 
     # Reading
 
@@ -318,3 +349,10 @@ class Studio:
     def _real(self, place: Place, case: Mapping, malignancies: bool) -> Case:
         image, label = uploads.read_pair(case, place.labels, place.size)
         return Case(case["case_id"], image, label, False, malignancies)
+
+
+def _case_of(place: Place, name: str) -> Mapping[str, Any]:
+    case = place.cases().get(name)
+    if case is None:
+        raise UserError(f"{name!r} is no case of the dataset of {place.bundle}; choose one of the list")
+    return case

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +18,7 @@ from monai_synth.data.pair_files import read_image, read_label, resize_image, re
 from monai_synth.data.semantic import LABELS
 from monai_synth.data.slices import check_labels, resize_semantic
 from monai_synth.errors import UserError
-from monai_synth.inference.pairs import read_given_mask
+from monai_synth.inference.pairs import read_given_image, read_given_mask
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 2**24  # 4096 x 4096; a small file can hold many more
@@ -43,24 +44,47 @@ def read_map(
     Raises:
         UserError: another type, too large, damaged, unknown labels, or of another size without ``resize``.
     """
-    name = Path(path).name
-    copy = _copied(Path(path), folder)
-    try:
-        array = read_given_mask(copy, 2, len(labels))
-    except UserError as error:
-        raise UserError(str(error).replace(str(copy), repr(name))) from error
-    finally:
-        copy.unlink(missing_ok=True)
+    array, name = _read(Path(path), folder, partial(read_given_mask, dims=2, num_labels=len(labels)))
     if not np.isfinite(array).all():
         raise UserError(f"{name!r} holds NaN or infinite values; label maps hold the integers 0..{len(labels) - 1}")
     check_labels(array, len(labels), repr(name))
     label = array.astype(np.uint8)
-    if label.shape == tuple(size):
-        return label
-    if not resize:
-        got, wanted = ("x".join(map(str, shape)) for shape in (label.shape, size))
-        raise UserError(f"{name!r} is {got}, the model makes {wanted}; tick 'resize', or give a map of that size")
+    _check_size(name, label.shape, size, resize)
     return fitted(label, labels, size)
+
+
+def read_picture(
+    path: str | Path, folder: Path, *, channels: int, size: Sequence[int], resize: bool = False
+) -> np.ndarray:
+    """The image of an uploaded file, uint8 (C, H, W) of the model's size; see :func:`read_map`.
+
+    Raises:
+        UserError: another type, too large, damaged, of other channels or values, or of another size without ``resize``.
+    """
+    array, name = _read(Path(path), folder, partial(read_given_image, dims=2))
+    if len(array) != channels:
+        kinds = {1: "grey (1 channel)", 3: "colour (3 channels)"}
+        got, wanted = (kinds.get(number, f"of {number} channels") for number in (len(array), channels))
+        raise UserError(f"{name!r} is {got}, the model's images are {wanted}; convert it")
+    _check_size(name, array.shape[1:], size, resize)
+    return resize_image(array, size)
+
+
+def _read(path: Path, folder: Path, reader: Callable[[Path], np.ndarray]) -> tuple[np.ndarray, str]:
+    """What a reader makes of an upload, and the upload's name."""
+    copy = _copied(path, folder)
+    try:
+        return reader(copy), path.name
+    except UserError as error:
+        raise UserError(str(error).replace(str(copy), repr(path.name))) from error
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _check_size(name: str, got: Sequence[int], wanted: Sequence[int], resize: bool) -> None:
+    if tuple(got) != tuple(wanted) and not resize:
+        had, has = ("x".join(map(str, shape)) for shape in (got, wanted))
+        raise UserError(f"{name!r} is {had}, the model makes {has}; tick 'resize', or give one of that size")
 
 
 def fitted(label: np.ndarray, labels: Mapping[str, int], size: Sequence[int]) -> np.ndarray:
