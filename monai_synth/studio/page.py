@@ -49,18 +49,19 @@ COLOURS = {
 LIVE = "() => document.querySelectorAll('.status').forEach(e => e.setAttribute('aria-live', 'polite'))"
 NO_MODELS = """## No trained model is here yet
 
-The studio shows each bundle whose training has left a `model.pt` in `bundles/NAME/models`. Train the demo model of LSDM
-on a built-in phantom (all stages, minutes on a CPU), from the folder that holds `bundles`:
+The studio shows each bundle whose training has left a `model.pt` in `bundles/NAME/models`. A demo model trains itself on a
+phantom that it computes first; nothing is downloaded. In a clone of the repository, in the folder that holds `bundles`:
 
 ```
 {commands}
 ```
 
-Then start `monai-synth studio` again there. Models elsewhere: `monai-synth studio --ckpt-dir lsdm=DIR`.
+Each takes some minutes on a CPU (lsdm, with its autoencoder and classifiers, about 7 on two cores). Then start
+`monai-synth studio` again there. Models elsewhere: `monai-synth studio --ckpt-dir lsdm=DIR`.
 """
 DEMO = {
-    "lsdm": "python -m monai.bundle run training --config_file bundles/lsdm/configs/train.json",
-    "jdm": "python -m monai.bundle run training --config_file bundles/jdm/configs/train.json",
+    "lung CT from label maps": "python -m monai.bundle run training --config_file bundles/lsdm/configs/train.json",
+    "stained nuclei with masks": "python -m monai.bundle run training --config_file bundles/jdm/configs/train.json",
 }
 
 
@@ -217,7 +218,9 @@ class BundleTab:
         """Images with captions."""
         shown = []
         for sample in run.samples() if run is not None else ():
-            image, text = sample.image, f"seed {sample.seed}" if sample.label is not None else sample.case_id
+            image, text = sample.image, f"seed {sample.seed}"
+            if "classes" in self.place.contract:
+                text = f"{sample.case_id.rpartition('_')[0]}, {text}"
             if with_map and sample.label is not None:
                 image = maps.overlay(image, sample.label, self.studio.colours(self.bundle))
             shown.append((maps.enlarged(image), text))

@@ -31,8 +31,9 @@ def reader_tab(studio: Studio) -> None:
         studio: models and sessions.
     """
     gr.Markdown(
-        "Find the nodule: click on it, or give its row and column, and rate it. The truth is shown after your answer. "
-        "Some cases have none; some may be synthetic. This trains the eye and is no test of a reader."
+        "Find the nodule (of jdm, what its masks mark): click on it, or give its row and column, and rate it. The truth "
+        "is shown after your answer. Some cases have none; some may be synthetic. This trains the eye and is no test of "
+        "a reader."
     )
     bundles = [name for name, place in studio.places.items() if place.labels and len(place.size) == 2]
     with gr.Row(elem_id="reading-parts"):
@@ -56,7 +57,7 @@ def reader_tab(studio: Studio) -> None:
             column = gr.Number(None, label="Column of the mark", precision=0, minimum=0, elem_id="reading-column")
             rating = gr.Radio(_RATINGS, label="Malignancy", elem_id="reading-rating")
             with gr.Row():
-                answer = gr.Button("This mark", elem_id="reading-answer")
+                answer = gr.Button("Here it is", elem_id="reading-answer")
                 none = gr.Button("There is none", elem_id="reading-none")
             onward = gr.Button("Next case", elem_id="reading-next")
 
