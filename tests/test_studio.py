@@ -320,6 +320,7 @@ def test_a_closed_session_stops_and_leaves_no_file(studio: Studio) -> None:
         generate(studio, session, "cfg_ddpm", ask(classes=["left"]), progress=lambda *_: studio.close("a"))
     assert not session.folder.exists()
     assert not list(studio.work_dir.glob("session-*"))
+    assert studio.known("a") is None
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,7 @@ def test_the_folder_is_removed_on_ctrl_c_and_when_the_service_is_stopped(
     number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # is the other page's again afterwards
     before, there = signal.getsignal(signal.SIGTERM), []
 
     def stop(line: str) -> None:
@@ -334,6 +335,7 @@ def test_upload_draw_generate_and_download(tab: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("tab", ["desk"], indirect=True)
 def test_by_keyboard_alone_a_map_is_painted_and_stamped_and_an_image_made(tab: Any) -> None:
     def reach(name: str) -> None:
         for _ in range(120):
@@ -360,6 +362,7 @@ def test_by_keyboard_alone_a_map_is_painted_and_stamped_and_an_image_made(tab: A
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("tab", ["desk"], indirect=True)
 def test_another_resolution_resizes_the_map_and_the_images(tab: Any) -> None:
     tab.click("#lsdm-take")
     says(tab, "#lsdm-map-status", "Map of test / p0016")
@@ -368,7 +371,9 @@ def test_another_resolution_resizes_the_map_and_the_images(tab: Any) -> None:
     says(tab, "#lsdm-map", "of 96 x 96. On the map: background, body")
     tab.click("#lsdm-generate")
     says(tab, "#lsdm-status", "4 images, seeds from 0")
-    assert tab.locator("#lsdm-gallery img").first.evaluate("image => image.naturalWidth") == 3 * 96
+    width = "document.querySelector('#lsdm-gallery img').naturalWidth"
+    tab.wait_for_function(f"{width} > 0")
+    assert tab.evaluate(width) == 3 * 96
 
 
 @pytest.mark.slow
@@ -407,6 +412,7 @@ def test_cancel_stops_and_a_second_click_does_not_start_another(tab: Any) -> Non
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("tab", ["desk"], indirect=True)
 def test_masks_are_made_for_an_uploaded_image(tab: Any, tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 99, np.uint8)).save(tmp_path / "image.png")
     go_to(tab, "jdm")
@@ -422,6 +428,7 @@ def test_masks_are_made_for_an_uploaded_image(tab: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("tab", ["desk"], indirect=True)
 def test_a_second_user_waits_until_the_first_ones_sampling_ends(tab: Any, browser: Any, place: tuple) -> None:
     begin_a_long_sampling(tab)
     second = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -480,6 +487,7 @@ def test_a_reader_marks_by_keyboard_and_learns_the_truth_after(tab: Any) -> None
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("tab", ["phone"], indirect=True)
 def test_every_control_has_a_name_and_every_word_stands_out(tab: Any) -> None:
     tab.click("#lsdm-take")
     says(tab, "#lsdm-map-status", "Map of")
@@ -491,6 +499,7 @@ def test_every_control_has_a_name_and_every_word_stands_out(tab: Any) -> None:
                 button.click()
         found = tab.evaluate(CONTRAST.read_text(encoding="utf-8"))
         assert found == {"unnamed": [], "faint": []}, name
+        assert tab.evaluate("document.documentElement.scrollWidth") <= tab.viewport_size["width"], name
 
 
 @pytest.mark.slow

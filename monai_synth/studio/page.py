@@ -49,8 +49,8 @@ COLOURS = {
 LIVE = "() => document.querySelectorAll('.status').forEach(e => e.setAttribute('aria-live', 'polite'))"
 NO_MODELS = """## No trained model is here yet
 
-The studio shows each bundle whose training has left a `model.pt` in `bundles/NAME/models`. A demo model trains itself on a
-phantom that it computes first; nothing is downloaded. In a clone of the repository, in the folder that holds `bundles`:
+The studio shows each bundle whose training has left a `model.pt` in `bundles/NAME/models`. A demo model is trained on a
+phantom that is computed first; nothing is downloaded. In a clone of the repository, in the folder that holds `bundles`:
 
 ```
 {commands}

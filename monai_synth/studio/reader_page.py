@@ -31,9 +31,9 @@ def reader_tab(studio: Studio) -> None:
         studio: models and sessions.
     """
     gr.Markdown(
-        "Find the nodule (of jdm, what its masks mark): click on it, or give its row and column, and rate it. The truth "
-        "is shown after your answer. Some cases have none; some may be synthetic. This trains the eye and is no test of "
-        "a reader."
+        "Find the nodule (of jdm, what its masks mark): click on it, or give its row and column, and rate it. The "
+        "truth is shown after your answer. Some cases have none; some may be synthetic. This trains the eye and is no "
+        "test of a reader."
     )
     bundles = [name for name, place in studio.places.items() if place.labels and len(place.size) == 2]
     with gr.Row(elem_id="reading-parts"):
