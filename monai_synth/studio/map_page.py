@@ -56,7 +56,7 @@ class MapPart:
                     self.case = gr.Dropdown(cases, value=cases[0], label="Map of the dataset")
                     self.take = gr.Button("Take this map", elem_id=f"{self.bundle}-take")
                 self.upload = gr.File(
-                    label=f"Upload a map: PNG or NIfTI, 2-D, up to {MAX_BYTES // 2**20} MB",
+                    label=f"Upload a map: PNG, NIfTI, up to {MAX_BYTES // 2**20} MB",
                     file_types=[".png", ".nii", ".gz"], type="filepath", height=160, elem_id=f"{self.bundle}-upload",
                 )  # fmt: skip
                 self.resize = gr.Checkbox(False, label="Resize what I upload to the resolution above")

@@ -24,6 +24,7 @@ from monai_synth.studio.shown import status, told
 KEPT = (600, 86400)  # every 10 minutes, what was sent or shown a day ago is removed
 CSS = """
 .status p { font-size: 1rem; margin: 0.25rem 0; }
+.status [role=alert] { border-left: 4px solid #dc2626; padding-left: 0.6rem; }
 @media (min-width: 768px) {  /* the case beside what is chosen and answered; where there is little room, between them */
   #reading-parts { display: grid; grid-template: auto 1fr / minmax(280px, 1fr) 2fr; }
   #reading-case { grid-area: 1 / 2 / 3 / 3; }

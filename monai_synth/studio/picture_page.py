@@ -32,7 +32,7 @@ class PicturePart:
                     case = gr.Dropdown(cases, value=cases[0], label="Image of the dataset")
                     take = gr.Button("Take this image", elem_id=f"{self.bundle}-take-image")
                 upload = gr.File(
-                    label=f"Upload an image: PNG or NIfTI, 2-D, up to {MAX_BYTES // 2**20} MB",
+                    label=f"Upload an image: PNG, NIfTI, up to {MAX_BYTES // 2**20} MB",
                     file_types=[".png", ".nii", ".gz"], type="filepath", height=160,
                     elem_id=f"{self.bundle}-upload-image",
                 )  # fmt: skip
