@@ -1,6 +1,7 @@
-// What on the page has no accessible name, and what text differs too little from its ground (WCAG 2.2, 1.4.3 and 4.1.2).
+// What on the page has no accessible name (WCAG 2.2, 4.1.2), and what text differs too little from its ground (1.4.3).
 () => {
-  const seen = (e) => e.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && e.getClientRects().length > 0;
+  const options = { visibilityProperty: true, opacityProperty: true };
+  const seen = (e) => e.checkVisibility(options) && e.getClientRects().length > 0;
   const rgba = (text) => (text.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);
   const light = (rgb) => {
     const [r, g, b] = rgb.map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
@@ -14,9 +15,11 @@
     return [255, 255, 255];
   };
   const unnamed = [], faint = [];
-  for (const e of document.querySelectorAll("input:not([type=hidden]), textarea, select, button, canvas, [role=slider]")) {
+  const controls = "input:not([type=hidden]), textarea, select, button, canvas, [role=slider]";
+  for (const e of document.querySelectorAll(controls)) {
     if (!seen(e)) continue;
-    const named = (e.getAttribute("aria-labelledby") || "").split(" ").some((id) => document.getElementById(id)?.innerText);
+    const ids = (e.getAttribute("aria-labelledby") || "").split(" ");
+    const named = ids.some((id) => document.getElementById(id)?.innerText);
     const label = [...(e.labels || [])].some((l) => l.innerText.trim());
     if (!named && !label && !e.getAttribute("aria-label") && !e.title && !e.innerText.trim())
       unnamed.push(e.outerHTML.slice(0, 150));

@@ -1,5 +1,5 @@
 // Paints a label map: one label a pixel, without blurred edges, by mouse, finger or keys.
-// props.value is JSON, {"size": [rows, columns], "runs": [[label, count], ...]}, row by row; see monai_synth/studio/canvas.py.
+// props.value is JSON, {"size": [rows, columns], "runs": [[label, count], ...]}, row by row; see canvas.py.
 const canvas = element.querySelector("canvas");
 const context = canvas.getContext("2d");
 const ring = element.querySelector(".ring");
@@ -82,7 +82,8 @@ function paint(from, to) {
     const row = from[0] + ((to[0] - from[0]) * step) / steps;
     const column = from[1] + ((to[1] - from[1]) * step) / steps;
     for (let r = Math.max(0, Math.floor(row - radius)); r <= Math.min(rows - 1, Math.ceil(row + radius)); r += 1) {
-      for (let c = Math.max(0, Math.floor(column - radius)); c <= Math.min(columns - 1, Math.ceil(column + radius)); c += 1) {
+      const end = Math.min(columns - 1, Math.ceil(column + radius));
+      for (let c = Math.max(0, Math.floor(column - radius)); c <= end; c += 1) {
         const within = (r - row) ** 2 + (c - column) ** 2 <= radius ** 2;
         if (within || (r === Math.round(row) && c === Math.round(column))) pixels[r * columns + c] = label;
       }
