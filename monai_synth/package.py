@@ -23,11 +23,12 @@ from typing import Any
 from monai_synth import __version__
 from monai_synth.errors import UserError
 from monai_synth.package_check import LARGE
-from monai_synth.package_docs import packaged_readme
+from monai_synth.package_docs import SAMPLED, packaged_readme
 from monai_synth.package_vendor import Code, needed_code, read_configs, renamed_configs, write_code
 
 ROOT = Path(__file__).resolve().parent
 OWN = ROOT.name
+MODEL = "model.pt"  # the zoo's name
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -37,6 +38,7 @@ def package_bundle(
     *,
     ckpt_dir: str,
     out: str,
+    model_file: str = MODEL,
     depend: bool = False,
     version: str | None = None,
     change: str | None = None,
@@ -50,6 +52,8 @@ def package_bundle(
         bundle: folder of a bundle, or the name of one of this package.
         ckpt_dir: folder with its trained files.
         out: folder to write to; it must not exist, or be empty.
+        model_file: the trained file that becomes ``models/model.pt``, which the packaged bundle loads and samples by
+            default; another ``model.pt`` is then left out.
         depend: pin this package as a dependency instead of copying the code that the bundle needs.
         version: of the packaged bundle. Default: that of its metadata.
         change: what is new in ``version``; needed where its changelog does not have it.
@@ -69,7 +73,7 @@ def package_bundle(
     target = _free_folder(out)
     meta = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))
     meta = _with_version(meta, version, change)
-    files = _trained_files(name, Path(ckpt_dir))
+    files = _trained_files(name, Path(ckpt_dir), model_file)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -125,21 +129,28 @@ def _with_version(meta: dict[str, Any], version: str | None, change: str | None)
     return meta | {"version": version, "changelog": changelog}
 
 
-def _trained_files(bundle: str, folder: Path) -> dict[str, Path]:
-    """The trained files of this bundle by name; not those for resuming."""
+def _trained_files(bundle: str, folder: Path, model_file: str) -> dict[str, Path]:
+    """The trained files of this bundle by the name that they get; not those for resuming."""
     from monai_synth.checkpoint import load_file
 
     if not folder.is_dir():
         raise UserError(f"--ckpt-dir {folder} is no folder; give the one that a training of {bundle} wrote to")
-    model = load_file(folder / "model.pt", option="--ckpt-dir")
+    if Path(model_file).name != model_file:
+        raise UserError(f"--model-file is {model_file!r}; give the name of a file in --ckpt-dir, model_rflow.pt say")
+    others = sorted(path.name for path in folder.glob("model_*.pt"))
+    if model_file == MODEL and others and not (folder / MODEL).is_file():
+        raise UserError(f"{folder} has no {MODEL}, but {', '.join(others)}; say with --model-file which it shall be")
+    model = load_file(folder / model_file, option="--ckpt-dir")
     there = model["contract"].get("bundle")
     if there != bundle:
         raise UserError(
-            f"{folder / 'model.pt'} was trained by the bundle {there!r}, this is {bundle!r}; give the right --ckpt-dir"
+            f"{folder / model_file} was trained by the bundle {there!r}, this is {bundle!r}; give the right --ckpt-dir"
         )
-    found = {}
+    if model["stage"] not in SAMPLED:
+        raise UserError(f"{folder / model_file} holds the stage {model['stage']!r}; give one that is sampled")
+    found = {MODEL: folder / model_file}
     for path in sorted(folder.glob("*.pt")):
-        if path.name.startswith(("last_", ".")):
+        if path.name.startswith(("last_", ".")) or path.name in (MODEL, model_file):
             continue
         if load_file(path, option="--ckpt-dir")["contract"].get("bundle", bundle) == bundle:
             found[path.name] = path
@@ -158,15 +169,18 @@ def _build(
     depend: bool,
     weights_url: str | None,
 ) -> None:
+    from monai_synth.checkpoint import load_file, sha256_of
+
     name = source.name
     package = f"{name}_scripts"
     configs = read_configs(source / "configs")
     code = needed_code(configs, ROOT)
-    _own_defaults(configs["inference.json"], files)
+    trained = {file: load_file(path) for file, path in files.items()}
+    _own_defaults(configs, trained)
     if not depend:
         configs = renamed_configs(configs, name, package, ROOT)
         write_code(code, folder, package, ROOT)
-    meta = meta | _pins(meta, code, depend=depend) | _data_format(meta, files["model.pt"])
+    meta = meta | _pins(meta, code, depend=depend) | _data_format(meta, files[MODEL])
     for part in ("configs", "docs", "models"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for path, content in {"metadata.json": meta, **configs}.items():
@@ -176,21 +190,46 @@ def _build(
         if (source / path).is_file():
             shutil.copyfile(source / path, folder / path)
     readme = (source / "docs" / "README.md").read_text(encoding="utf-8")
-    (folder / "docs" / "README.md").write_text(packaged_readme(readme, name, meta, depend=depend), encoding="utf-8")
+    hashes = {file: sha256_of(path) for file, path in files.items()}
+    readme = packaged_readme(readme, name, meta, trained, hashes, configs=configs, depend=depend)
+    (folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
     for file, path in files.items():
         shutil.copyfile(path, folder / "models" / file)
     _write_large_files(folder, weights_url)
 
 
-def _own_defaults(inference: dict[str, Any], files: Mapping[str, Path]) -> None:
-    """Sample with the weights of the bundle whatever the dataset, and guide features that have a classifier there."""
+def _own_defaults(configs: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]) -> None:
+    """Sample with the bundle's weights whatever the dataset, train beside them, guide features that have a classifier.
+
+    What is sampled for maps makes the phantom where there are none.
+
+    Args:
+        configs: contents by file name, which are changed.
+        trained: contents of the trained files by name.
+    """
+    from monai_synth.checkpoint import classifier_file
+
+    inference = configs["inference.json"]
     inference["ckpt_dir"] = "$@latest['ckpt_dir']"
     if "features" in inference:
-        inference["features"] = [f for f in inference["features"] if f"classifier_{f}.pt" in files]
+        schedule = trained[MODEL]["contract"]["schedule"]
+        inference["features"] = [f for f in inference["features"] if classifier_file(f, schedule) in trained]
+    if "label_dir" in inference:  # maps are needed: the phantom's, where none are given
+        inference["phantom"] = configs["train.json"]["phantom"]
+        inference["initialize"].append(
+            "$None if @label_dir else bundle.ensure_dataset(@dataset_dir, @phantom_dir, @phantom, 'demo', @device)"
+        )
+    for content in configs.values():
+        if str(content.get("ckpt_dir", "")).startswith("$bundle.default_ckpt_dir("):
+            # a folder for each dataset, the phantom's too, so that no training replaces the weights of the bundle
+            content["ckpt_dir"] = "$bundle.default_ckpt_dir(@bundle_root, @dataset_dir, @bundle_root)"
 
 
 def _pins(meta: Mapping[str, Any], code: Code, *, depend: bool) -> dict[str, Any]:
-    """Versions as installed: of MONAI, torch, numpy, what the metadata names, and what the code imports."""
+    """Versions as installed: of MONAI, torch, numpy, what the metadata names, and what the code imports.
+
+    MONAI does not require fire, by which its command line is made.
+    """
     of_module = importlib.metadata.packages_distributions()
 
     def names(modules: set[str]) -> set[str]:
@@ -199,8 +238,8 @@ def _pins(meta: Mapping[str, Any], code: Code, *, depend: bool) -> dict[str, Any
     declared = {_normal(re.split(r"[^\w.-]", r)[0]) for r in _requirements() if "extra ==" not in r}
     lazy = names(code.sometimes)
     first = {"monai", "torch", "numpy"}
-    required = (set(map(_normal, meta["required_packages_version"])) | names(code.always) | lazy & declared) - first
-    required -= {_normal(OWN)}
+    needed = {"fire"} | set(map(_normal, meta["required_packages_version"])) | names(code.always) | lazy & declared
+    required = needed - first - {_normal(OWN)}
     optional = lazy - declared - first - required
     pins = {name: _installed(name) for name in sorted(required)}
     return {

@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import json
@@ -154,12 +155,30 @@ class Bundle:
         whole = {p: other for p, other in others.items() if "imports" in other}
         return [max(whole, key=lambda p: len(keys & whole[p].keys())), path]
 
+    def trained_files(self) -> str:
+        own = f"{self.folder.name}_scripts"
+        package = own if (self.folder / own).is_dir() else "monai_synth"
+        checkpoint = importlib.import_module(f"{package}.checkpoint")
+        found = []
+        for path in sorted((self.folder / "models").glob("*.pt")):
+            checkpoint.restore_network(checkpoint.load_file(path), path)
+            found.append(path.name)
+        return f"the weights of {', '.join(found)} fit their networks"
+
     def train_properties(self) -> str:
         import torch
 
-        # a demo's settings at the model's size: stages of the model that lie beside it are refused at another
         contract = torch.load(self.folder / "models" / "model.pt", map_location="cpu", weights_only=True)["contract"]
-        return self._properties("train", "training", preset="demo", image_size=list(contract["image_size"]))
+        values: dict[str, Any] = {"preset": "demo"}
+        if "factor" in contract:
+            # The packed stages are taken as they are, not asked whether they belong to the dataset of this check; the
+            # image is the demo's, because encoding a dataset of 512 x 512 by the CPU would take hours.
+            steps = json.loads((self.folder / "configs" / "train.json").read_text(encoding="utf-8"))["initialize"]
+            values |= {"factor": contract["factor"]}
+            values |= {"initialize": [step for step in steps if "ensure_stages(" not in step]}
+        else:
+            values |= {"image_size": list(contract["image_size"])}
+        return self._properties("train", "training", **values)
 
     def inference_properties(self) -> str:
         return self._properties("inference", "run")
@@ -235,8 +254,9 @@ class Bundle:
         return f"{len(files)} files hold no path of this machine and no identifier"
 
 
-CHECKS = ("files", "large_files", "version", "metadata", "readme", "pins", "configs", "train_properties",
-          "inference_properties", "net_in_out", "load", "supported_apps", "torchscript", "private_content")  # fmt: skip
+CHECKS = ("files", "large_files", "version", "metadata", "readme", "pins", "configs", "trained_files",
+          "train_properties", "inference_properties", "net_in_out", "load", "supported_apps", "torchscript",
+          "private_content")  # fmt: skip
 
 
 def extra_arguments(network: Any, checkpoint: Path, spec: dict[str, Any]) -> dict[str, Any]:

@@ -119,19 +119,44 @@ def test_a_trained_file_of_a_packaged_bundle_builds_the_same_network() -> None:
             build_network(CLASS_UNET | {"target": target})
 
 
-def test_the_page_gets_the_headings_of_the_zoo_and_loses_links_to_other_bundles() -> None:
+def page(text: str, trained: dict[str, Any], **given: Any) -> str:
     tensor = {"num_channels": 1, "spatial_shape": [8, 8]}
     meta = {
         "monai_version": "1", "pytorch_version": "2", "numpy_version": "3", "required_packages_version": {"x": "4"},
         "network_data_format": {"inputs": {"image": tensor}, "outputs": {"pred": tensor}},
     }  # fmt: skip
+    given = {"configs": ("train.json", "inference.json"), "depend": False} | given
+    return packaged_readme(text, "a", meta, trained, dict.fromkeys(trained, "0f"), **given)
+
+
+def test_the_page_gets_the_headings_of_the_zoo_and_loses_links_to_other_bundles() -> None:
     text = "# A\nsee [b](../../b/docs/README.md#c), bundles/a/configs\n\n## Limitations\nnone\n"
-    made = packaged_readme(text, "a", meta, depend=False)
+    made = page(text, {})
     assert "see b, a/configs" in made
     assert (
         made.index("## Additional Usage Steps") < made.index("## System Configuration") < made.index("## Limitations")
     )
-    assert "pip install" in packaged_readme(text, "a", meta, depend=True)
+    assert "train_expert.json" not in made
+    assert "pip install" in page(text, {}, depend=True)
+    made = page(text, {}, configs=("train.json", "train_expert.json"))
+    assert made.index("a/configs/train_expert.json") < made.index("a/configs/train.json")
+
+
+def test_the_page_says_of_each_trained_file_what_it_holds_and_how_it_is_sampled() -> None:
+    linear, flow = {"beta_schedule": "linear"}, {"flow": "rectified"}
+    made = page("# A\n", {
+        "model.pt": {"stage": "diffusion", "contract": {"schedule": linear}},
+        "model_rflow.pt": {"stage": "diffusion", "contract": {"schedule": flow}},
+        "classifier_texture_rflow.pt": {"stage": "classifier", "contract": {"schedule": flow, "feature": "texture"}},
+        "expert_a.pt": {"stage": "image_classifier", "contract": {}},
+    })  # fmt: skip
+    for row in (
+        "| `model.pt` | diffusion | sampling | `0f` |",
+        "| `model_rflow.pt` | rectified flow | sampling with `--model_file model_rflow.pt` | `0f` |",
+        "| `classifier_texture_rflow.pt` | classifier of texture | sampling or training, with the others | `0f` |",
+        "| `expert_a.pt` | image classifier | sampling or training, with the others | `0f` |",
+    ):
+        assert row in made.splitlines(), row
 
 
 # What a user may do wrong

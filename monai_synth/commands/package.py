@@ -18,6 +18,8 @@ def add_package(parser: argparse.ArgumentParser) -> None:
     add("bundle", metavar="BUNDLE", help="name of a bundle, e.g. jdm, or its folder")
     add("--ckpt-dir", required=True, metavar="DIR", help="folder with its trained files, model.pt among them")
     add("--out", required=True, metavar="OUT", help="folder to write to; new or empty")
+    add("--model-file", default="model.pt", metavar="NAME", help="trained file in --ckpt-dir that the packaged bundle "
+        "loads and samples, as models/model.pt, e.g. model_rflow.pt (default: model.pt)")  # fmt: skip
     add(
         "--depend",
         action="store_true",
