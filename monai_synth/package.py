@@ -177,7 +177,9 @@ def _build(
     code = needed_code(configs, ROOT)
     trained = {file: load_file(path) for file, path in files.items()}
     _own_defaults(configs, trained)
-    if not depend:
+    if depend:
+        _ask_for_dependency(configs)
+    else:
         configs = renamed_configs(configs, name, package, ROOT)
         write_code(code, folder, package, ROOT)
     meta = meta | _pins(meta, code, depend=depend) | _data_format(meta, files[MODEL])
@@ -223,6 +225,16 @@ def _own_defaults(configs: Mapping[str, Any], trained: Mapping[str, Mapping[str,
         if str(content.get("ckpt_dir", "")).startswith("$bundle.default_ckpt_dir("):
             # a folder for each dataset, the phantom's too, so that no training replaces the weights of the bundle
             content["ckpt_dir"] = "$bundle.default_ckpt_dir(@bundle_root, @dataset_dir, @bundle_root)"
+
+
+def _ask_for_dependency(configs: Mapping[str, Any]) -> None:
+    """End in one line where the pinned package is missing; MONAI would go on until something of it is used."""
+    needed = f"{OWN}=={__version__}"
+    message = f"{OWN}: error: this bundle needs {needed}, which is not installed; give `pip install {needed}`"
+    for content in configs.values():
+        if "imports" in content:
+            content["imports"] = ["$import sys", "$from importlib.util import find_spec", *content["imports"]]
+            content["initialize"].insert(0, f"$find_spec('{OWN}') or sys.exit('{message}')")
 
 
 def _pins(meta: Mapping[str, Any], code: Code, *, depend: bool) -> dict[str, Any]:

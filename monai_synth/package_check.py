@@ -254,9 +254,10 @@ class Bundle:
         return f"{len(files)} files hold no path of this machine and no identifier"
 
 
-CHECKS = ("files", "large_files", "version", "metadata", "readme", "pins", "configs", "trained_files",
-          "train_properties", "inference_properties", "net_in_out", "load", "supported_apps", "torchscript",
-          "private_content")  # fmt: skip
+# before those that write into the folder, private_content
+CHECKS = ("files", "private_content", "large_files", "version", "metadata", "readme", "pins", "configs",
+          "trained_files", "train_properties", "inference_properties", "net_in_out", "load", "supported_apps",
+          "torchscript")  # fmt: skip
 
 
 def extra_arguments(network: Any, checkpoint: Path, spec: dict[str, Any]) -> dict[str, Any]:
