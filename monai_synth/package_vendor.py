@@ -97,17 +97,26 @@ def needed_code(configs: Mapping[str, Any], root: Path) -> Code:
         if "." in name:
             waiting.add(name.rpartition(".")[0])  # importing a module runs its package
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        late = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.If) for n in ast.walk(f)}
-        for node in ast.walk(tree):
+        for node, late in _nodes(tree):
             for imported in _imported(node, name, is_package=path.name == "__init__.py"):
                 top = imported.partition(".")[0]
                 if top == OWN:
                     waiting.add(imported)
                 elif top not in sys.stdlib_module_names:
-                    (code.sometimes if id(node) in late else code.always).add(top)
+                    (code.sometimes if late else code.always).add(top)
     code.modules = dict(sorted(code.modules.items()))
     code.sometimes -= code.always
     return code
+
+
+def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
+    """The nodes of a module, each with whether a function or a condition decides that it runs."""
+    waiting = [(tree, False)]
+    while waiting:
+        node, late = waiting.pop()
+        yield node, late
+        late = late or isinstance(node, ast.FunctionDef | ast.If)
+        waiting += [(child, late) for child in ast.iter_child_nodes(node)]
 
 
 def _imported(node: ast.AST, module: str, *, is_package: bool) -> Iterator[str]:
