@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,6 +282,29 @@ def test_weights_inside_other_dictionaries_and_of_distributed_training_are_found
     assert all(value.dtype == torch.float32 for value in read.values())
 
 
+def test_weights_beside_an_optimisers_state_and_of_a_compiled_network_are_found(tmp_path: Path) -> None:
+    network = theirs(nets, "ControlNet", CONTROL)
+    optimizer = torch.optim.Adam(network.parameters())
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    weights = {f"_orig_mod.{key}": value for key, value in network.state_dict().items()}
+    settings = ask(tmp_path, "ControlNet", CONTROL, {"model": weights, "optimizer": optimizer.state_dict()})
+    assert set(read_weights(settings.source)) == set(network.state_dict())
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    settings = ask(tmp_path, "ControlNet", CONTROL, {"net": Touch()})
+    assert "could run code" in message_of(settings)
+    Path(settings.source).write_bytes(pickle.dumps({"net": Touch()}))
+    assert "could run code" in message_of(settings)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_wrong_sources_end_in_one_message(class_dataset: Path, tmp_path: Path) -> None:
     other = theirs(nets, "DiffusionModelUNet", CLASSES)
     given = {"dataset": str(class_dataset)}
@@ -321,7 +345,8 @@ def test_wrong_sources_end_in_one_message(class_dataset: Path, tmp_path: Path) -
         ({"widths": 4}, "has no argument 'widths'"),
         ({"channels": "$[8, 16]"}, "expressions are not run"),
         ({"channels": "@nowhere"}, "channels is '@nowhere'"),
-        ({"_target_": "UNet"}, "has no network of the kinds AutoencoderKL, "),
+        ({"_target_": "UNet"}, "ControlNet at its top (there: DDPMScheduler, UNet); others are not converted"),
+        ({"_target_": "VQVAE"}, "ControlNet at its top (there: DDPMScheduler, VQVAE); others are not converted"),
     ],
 )
 def test_a_description_of_another_network_ends_in_one_message(
@@ -330,6 +355,13 @@ def test_a_description_of_another_network_ends_in_one_message(
     other = theirs(nets, "DiffusionModelUNet", CLASSES)
     said = message_of(ask(tmp_path, "DiffusionModelUNet", CLASSES | args, other, dataset=str(class_dataset)))
     assert words in said
+
+
+def test_weights_of_another_kind_of_network_end_in_one_message(class_dataset: Path, tmp_path: Path) -> None:
+    coder = theirs(nets, "AutoencoderKL", AUTOENCODER)
+    said = message_of(ask(tmp_path, "DiffusionModelUNet", CLASSES, coder, dataset=str(class_dataset)))
+    assert "missing: " in said
+    assert "Give the description with which this DiffusionModelUNet was trained, and its own weights" in said
 
 
 def test_wrong_places_end_in_one_message(class_dataset: Path, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -342,6 +374,7 @@ def test_wrong_places_end_in_one_message(class_dataset: Path, tiny_dataset: Path
     assert "needs --dataset" in said(dataset=None)
     assert "dataset" in said(dataset=str(tmp_path / "none"))
     assert "give --image-size, 2 sizes" in said(image_size=[16])
+    assert "size [15, 16] is no multiple of 2, which this network needs; give --image-size" in said(image_size=[15, 16])
     assert "gives its networks images from -1 to 1" in said(value_range=[0.0, 1.0])
     assert "is not where a bundle looks for a DiffusionModelUNet" in said(out="models/autoencoder.pt")
     assert "is used with" in said(dataset=str(tiny_dataset))
@@ -361,6 +394,7 @@ def test_an_autoencoder_and_a_network_of_other_latents_are_refused(tiny_dataset:
     for change, words in (
         ({"in_channels": 4}, "need (3, 3) or (6, 3)"),
         ({"label_nc": 5}, "label_nc is 5, the dataset tiny has 8 labels"),
+        ({"channels": [8] * 6, "attention_levels": [False] * 6}, "[16, 16] is no multiple of 32"),
         ({}, "give the one of the training with --scale-factor"),
     ):
         other = theirs(nets, "SPADEDiffusionModelUNet", SPADE | change)

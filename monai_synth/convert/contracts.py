@@ -93,6 +93,8 @@ def lsdm_contract(
         raise UserError(f"{msg}; give the one of the training with --scale-factor, 1 where there was none")
     if not 0 < scale_factor < float("inf"):
         raise UserError(f"--scale-factor is {scale_factor}; give a number above 0")
+    latent = [n // coder["factor"] for n in coder["image_size"]]
+    _require_halves(latent, args, f"the size of the latents of {autoencoder}")
     contract = {
         "bundle": "lsdm",
         "image_size": coder["image_size"],
@@ -146,9 +148,11 @@ def class_contract(given: ImageNetwork) -> dict[str, Any]:
         f"num_class_embeds is {got}; the bundle cfg_ddpm needs {needed}: one for each of {', '.join(classes)} in this "
         "order, and a last one for no class, which guidance needs",
     )
+    size = _size(dataset, given.image_size, args["spatial_dims"])
+    _require_halves(size, args, "the image size")
     return {
         "bundle": "cfg_ddpm",
-        "image_size": _size(dataset, given.image_size, args["spatial_dims"]),
+        "image_size": size,
         "image_channels": channels,
         "classes": classes,
         "modality": dataset.content["modality"],
@@ -179,6 +183,7 @@ def pair_contract(given: ImageNetwork) -> dict[str, Any]:
         "background, after those of the image)",
     )  # fmt: skip
     size = _size(dataset, given.image_size, args["spatial_dims"])
+    _require_halves(size, args, "the image size")
     return {
         "bundle": "jdm",
         "image_size": size,
@@ -217,6 +222,13 @@ def _require_plain(text: NetworkText, bundle: str) -> None:
 def _require_channels(args: Mapping[str, Any], channels: int, what: str) -> None:
     got = (args["in_channels"], args["out_channels"])
     _require(got == (channels, channels), f"in_channels and out_channels are {got}; {what}")
+
+
+def _require_halves(size: Sequence[int], args: Mapping[str, Any], what: str) -> None:
+    """Refuse a size that the network's levels cannot halve and double again."""
+    factor = 2 ** (len(args["channels"]) - 1)
+    if any(n % factor for n in size):
+        raise UserError(f"{what} {list(size)} is no multiple of {factor}, which this network needs; give --image-size")
 
 
 def _size(dataset: PreparedDataset, image_size: Sequence[int] | None, dims: int) -> list[int]:

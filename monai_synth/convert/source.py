@@ -32,6 +32,7 @@ _OLD_NAMES = {  # monai-generative's name -> MONAI's
 _WITHOUT_WEIGHTS = ("include_fc", "use_combined_linear", "use_flash_attention", "use_checkpoint")
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_PREFIXES = ("module.", "_orig_mod.")  # of distributed training, of torch.compile
 _MOST_REFERENCES = 16  # of one to the next, more is a circle
 
 
@@ -49,7 +50,7 @@ class NetworkText:
 
 
 def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, in float32, without the prefix of distributed training.
+    """The state dict in a checkpoint, in float32, without the prefixes of distributed training and torch.compile.
 
     Args:
         path: a file of ``torch.save``: a state dict, or a dictionary that holds one.
@@ -77,8 +78,9 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         raise UserError(f"{path} is a trained file of this package already; use it as it is")
     found = _state_dict(content, key, path)
-    if all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): value for name, value in found.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
     broken = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise UserError(
@@ -115,7 +117,8 @@ def _dictionaries(content: Any, name: str = "", depth: int = 0) -> list[tuple[st
         return []
     found = [(name, content)]
     for key, value in content.items():
-        found += _dictionaries(value, f"{name}.{key}" if name else str(key), depth + 1)
+        if isinstance(key, str):  # an optimiser's state of one parameter has a number
+            found += _dictionaries(value, f"{name}.{key}" if name else key, depth + 1)
     return found
 
 
@@ -215,7 +218,9 @@ def _entry(
             return next(iter(found.values()))
         if found:
             raise UserError(f"{path} has several {what}s: {', '.join(found)}; say with {option} which")
-        raise UserError(f"{path} has no {what} of the kinds {', '.join(kinds)} at its top; name one with {option}")
+        there = ", ".join(sorted({_class_of(v) for v in (content, *content.values())} - {""})) or "nothing"
+        msg = f"{path} has no {what} of the kinds {', '.join(kinds)} at its top (there: {there})"
+        raise UserError(f"{msg}; others are not converted, one deeper in the file is named with {option}")
     entry: Any = content
     for part in name.replace("::", "#").split("#"):
         entry = entry.get(part) if isinstance(entry, Mapping) else None
