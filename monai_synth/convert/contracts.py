@@ -88,13 +88,13 @@ def lsdm_contract(
     if text.kind == "SPADEDiffusionModelUNet":
         got = args["label_nc"]
         _require(got == labels, f"label_nc is {got}, the dataset {dataset.name} has {labels} labels with background")
+    latent = [n // coder["factor"] for n in coder["image_size"]]
+    _require_halves(latent, args, f"the size of the latents of {autoencoder}")
     if scale_factor is None:
         msg = "the factor on the latents (scale_factor of LatentDiffusionInferer) is in no checkpoint"
         raise UserError(f"{msg}; give the one of the training with --scale-factor, 1 where there was none")
     if not 0 < scale_factor < float("inf"):
         raise UserError(f"--scale-factor is {scale_factor}; give a number above 0")
-    latent = [n // coder["factor"] for n in coder["image_size"]]
-    _require_halves(latent, args, f"the size of the latents of {autoencoder}")
     contract = {
         "bundle": "lsdm",
         "image_size": coder["image_size"],
@@ -228,7 +228,9 @@ def _require_halves(size: Sequence[int], args: Mapping[str, Any], what: str) -> 
     """Refuse a size that the network's levels cannot halve and double again."""
     factor = 2 ** (len(args["channels"]) - 1)
     if any(n % factor for n in size):
-        raise UserError(f"{what} {list(size)} is no multiple of {factor}, which this network needs; give --image-size")
+        raise UserError(
+            f"{what} {list(size)} is no multiple of {factor}, which this network needs; give another --image-size"
+        )
 
 
 def _size(dataset: PreparedDataset, image_size: Sequence[int] | None, dims: int) -> list[int]:
