@@ -362,7 +362,10 @@ def _check(archive: Path, dataset_dir: str | None, *, forbid: bool, private: lis
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the packaged bundle could not be checked ({last}); nothing was written")
         results = json.loads(result.read_text(encoding="utf-8"))
-    failed = [f"{r['check']}: {r['text']}" for r in results if r["status"] == "FAIL"]
+    failed = {r["check"]: r["text"] for r in results if r["status"] == "FAIL"}
     if failed:
-        raise UserError(f"the packaged bundle fails: {'; '.join(failed)}; nothing was written")
+        text = "; ".join(f"{check}: {why}" for check, why in failed.items())
+        if dataset_dir is None and any(check.endswith("properties") for check in failed):
+            text += "; they were asked with the phantom, so give the dataset of the training as --dataset-dir"
+        raise UserError(f"the packaged bundle fails: {text}; nothing was written")
     return [f"{r['status']:4} {r['check']}: {r['text']}" for r in results]

@@ -374,9 +374,7 @@ def test_wrong_places_end_in_one_message(class_dataset: Path, tiny_dataset: Path
     assert "needs --dataset" in said(dataset=None)
     assert "dataset" in said(dataset=str(tmp_path / "none"))
     assert "give --image-size, 2 sizes" in said(image_size=[16])
-    assert "size [15, 16] is no multiple of 2, which this network needs; give another --image-size" in said(
-        image_size=[15, 16]
-    )
+    assert "size [15, 16] is no multiple of 2, as this network needs; give --image-size" in said(image_size=[15, 16])
     assert "gives its networks images from -1 to 1" in said(value_range=[0.0, 1.0])
     assert "is not where a bundle looks for a DiffusionModelUNet" in said(out="models/autoencoder.pt")
     assert "is used with" in said(dataset=str(tiny_dataset))

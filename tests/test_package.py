@@ -362,19 +362,22 @@ def test_a_checkpoint_that_holds_a_path_or_an_identifier_is_refused(built: Path)
             check.private_content()
 
 
+@pytest.mark.parametrize(
+    ("failing", "hint"), [("pins", ""), ("train properties", "; they were asked with the phantom, .* as --dataset-dir")]
+)
 def test_a_check_that_fails_leaves_nothing(
-    trained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, hint: str
 ) -> None:
     def run(command: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
-        results = [{"check": "files", "status": "ok", "text": ""}, {"check": "pins", "status": "FAIL", "text": "why"}]
+        results = [{"check": "files", "status": "ok", "text": ""}, {"check": failing, "status": "FAIL", "text": "why"}]
         Path(command[command.index("--result") + 1]).write_text(json.dumps(results))
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(package.subprocess, "run", run)
     monkeypatch.setattr(package, "_build", lambda source, folder, *args, **given: folder.mkdir(parents=True))
     monkeypatch.setattr(package, "_write_zip", write_one)
-    with pytest.raises(UserError, match="the packaged bundle fails: pins: why; nothing was written"):
-        package_bundle("cfg_ddpm", **trained, out=str(tmp_path / "dist"))
+    with pytest.raises(UserError, match=f"the packaged bundle fails: {failing}: why{hint}; nothing was written"):
+        package_bundle("cfg_ddpm", ckpt_dir=trained["ckpt_dir"], out=str(tmp_path / "dist"))
     assert list(tmp_path.iterdir()) == []
 
 
