@@ -228,9 +228,7 @@ def _require_halves(size: Sequence[int], args: Mapping[str, Any], what: str) -> 
     """Refuse a size that the network's levels cannot halve and double again."""
     factor = 2 ** (len(args["channels"]) - 1)
     if any(n % factor for n in size):
-        raise UserError(
-            f"{what} {list(size)} is no multiple of {factor}, which this network needs; give another --image-size"
-        )
+        raise UserError(f"{what} {list(size)} is no multiple of {factor}, as this network needs; give --image-size")
 
 
 def _size(dataset: PreparedDataset, image_size: Sequence[int] | None, dims: int) -> list[int]:
