@@ -201,9 +201,10 @@ def _build(
 
 
 def _own_defaults(configs: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]) -> None:
-    """Sample with the bundle's weights whatever the dataset, train beside them, guide features that have a classifier.
+    """Sample with the weights of the bundle, train beside them, guide the features that have a classifier.
 
-    What is sampled for maps makes the phantom where there are none.
+    ``monai.bundle.load`` puts ``models/model.pt`` into the network of ``inference.json``, so this is the network of
+    that file and not of the last training. What is sampled for maps makes the phantom where none are given.
 
     Args:
         configs: contents by file name, which are changed.
@@ -212,7 +213,9 @@ def _own_defaults(configs: Mapping[str, Any], trained: Mapping[str, Mapping[str,
     from monai_synth.checkpoint import classifier_file
 
     inference = configs["inference.json"]
-    inference["ckpt_dir"] = "$@latest['ckpt_dir']"
+    inference |= {"dataset_dir": "@phantom_dir", "ckpt_dir": "$@bundle_root + '/models'"}
+    for key in ("latest", "latest_dir"):
+        inference.pop(key, None)
     if "features" in inference:
         schedule = trained[MODEL]["contract"]["schedule"]
         inference["features"] = [f for f in inference["features"] if classifier_file(f, schedule) in trained]

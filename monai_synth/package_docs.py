@@ -16,10 +16,10 @@ _STEPS = """## Additional Usage Steps
 ```
 {commands}
 ```
-Sampling takes the weights of the bundle, or those of the last training in it (`--ckpt_dir {name}/models`: those of the
-bundle again). Images to train on, and maps to sample for, come from `--dataset_dir`; without it a phantom is computed,
-which takes a minute. A training writes to `{name}/models/<name of the dataset's folder>/` and leaves the weights of the
-bundle as they are. In Python, the network with its weights is
+Images to train on, and maps to sample for, come from `--dataset_dir`; without it a phantom is computed, which takes a
+minute. A training writes to `{name}/models/<name of the dataset's folder>/` (`phantom` for the phantom) and leaves the
+weights of the bundle as they are. Sampling takes the weights of the bundle, not the last training's; for those of a
+training give `--ckpt_dir` with that folder. In Python, the network with its weights is
 ```
 monai.bundle.load("{name}", bundle_dir=".", workflow_type="inference", key_in_ckpt="state_dict")
 ```

@@ -213,7 +213,8 @@ def test_training_leaves_the_packed_weights_and_sampling_finds_maps() -> None:
             if name.startswith("train"):
                 assert content["ckpt_dir"].endswith("(@bundle_root, @dataset_dir, @bundle_root)"), (bundle, name)
         inference = configs["inference.json"]
-        assert inference["ckpt_dir"] == "$@latest['ckpt_dir']"
+        assert inference["ckpt_dir"] == "$@bundle_root + '/models'"
+        assert "@latest" not in json.dumps(inference)
         makes = any("ensure_dataset" in step for step in inference["initialize"])
         assert makes == (bundle in ("lsdm", "spade_gan"))
         assert inference.get("features", ["texture"]) == ["texture"]
@@ -343,3 +344,5 @@ def test_every_check_of_the_zoo_is_a_line_and_the_bundle_trains_and_samples_with
     content = torch.load(empty / "cfg_ddpm" / "models" / "prepared" / "model.pt", weights_only=True)
     assert content["arch"]["target"] == "cfg_ddpm_scripts.networks.ClassUNet"
     assert sha256_of(empty / "cfg_ddpm" / "models" / "model.pt") == before
+    done = without_this_package(empty, "run", "--config_file", "cfg_ddpm/configs/inference.json", *options(sampling))
+    assert "there already" in done.stdout + done.stderr, "sampling goes on with the packed weights after a training"
