@@ -147,10 +147,8 @@ def test_autoencoder_and_spade_network_convert_and_bundle_lsdm_samples_with_them
 
 
 @pytest.mark.slow
-def test_bundle_lsdm_trains_its_diffusion_model_on_a_converted_autoencoder(
-    library: Any, tiny_dataset: Path, tmp_path: Path
-) -> None:
-    coder = theirs(library, "AutoencoderKL", AUTOENCODER)
+def test_bundle_lsdm_trains_its_diffusion_model_on_a_converted_autoencoder(tiny_dataset: Path, tmp_path: Path) -> None:
+    coder = theirs(nets, "AutoencoderKL", AUTOENCODER)
     settings = ask(tmp_path, "AutoencoderKL", AUTOENCODER, coder, "models/autoencoder.pt", dataset=str(tiny_dataset))
     convert(settings)
     before = Path(settings.out).read_bytes()
