@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from torch import Tensor
 
 from monai_synth.diffusion import SAMPLERS, alphas_cumprod, make_sampler, signal_and_noise
@@ -119,6 +120,8 @@ def test_sampler_and_number_of_calls_of_a_bundle_are_options_of_its_inference(bu
     config = json.loads((BUNDLES / bundle / "configs" / "inference.json").read_text())
     calls = 10 if bundle == "lsdm" else 20  # measured: the tables in the bundles' docs
     assert (config["sampler"], config["num_steps"]) == ("dpm++", calls)
+    parser = ConfigParser(config | {"sampler": "ddim", "num_steps": 7})
     for user in ("inferer", "record"):
-        assert (config[user]["sampler"], config[user]["num_steps"]) == ("@sampler", "@num_steps")
+        assert parser.get_parsed_content(f"{user}#sampler") == "ddim"
+        assert parser.get_parsed_content(f"{user}#num_steps") == 7
     assert {"dpm++", "unipc", "ddim", "ddpm"} == set(SAMPLERS)
