@@ -293,10 +293,13 @@ def _without_tensors(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_words() -> list[str]:
-    """Texts that would tell on which machine a bundle was made."""
+    """Texts that would tell on which machine a bundle was made.
+
+    A host's name of letters only may be a word of the code itself ("container", "workstation"), and is not looked for.
+    """
     host = socket.gethostname()
     home = str(Path.home())
-    return [w for w in (host, home + os.sep) if len(w) > 6 and w not in ("localhost",)]
+    return [word for word in (host, home + os.sep) if len(word) > 6 and not word.isalpha()]
 
 
 def run_checks(bundle: Bundle) -> list[dict[str, str]]:

@@ -346,3 +346,11 @@ def test_every_check_of_the_zoo_is_a_line_and_the_bundle_trains_and_samples_with
     assert sha256_of(empty / "cfg_ddpm" / "models" / "model.pt") == before
     done = without_this_package(empty, "run", "--config_file", "cfg_ddpm/configs/inference.json", *options(sampling))
     assert "there already" in done.stdout + done.stderr, "sampling goes on with the packed weights after a training"
+
+
+@pytest.mark.parametrize(("host", "looked_for"), [("container", False), ("ward7-scanner", True), ("pc1", False)])
+def test_a_hosts_name_is_looked_for_where_it_cannot_be_a_word_of_the_code(
+    host: str, looked_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package_check.socket, "gethostname", lambda: host)
+    assert (host in package_check.machine_words()) == looked_for
