@@ -51,7 +51,7 @@ def package_bundle(
     Args:
         bundle: folder of a bundle, or the name of one of this package.
         ckpt_dir: folder with its trained files.
-        out: folder to write to; it must not exist, or be empty.
+        out: folder to write to, made where it is not there; other packages in it are left as they are.
         model_file: the trained file that becomes ``models/model.pt``, which the packaged bundle loads and samples by
             default; another ``model.pt`` is then left out.
         depend: pin this package as a dependency instead of copying the code that the bundle needs.
@@ -65,27 +65,28 @@ def package_bundle(
         The zip.
 
     Raises:
-        UserError: there is no such bundle; no trained file, or one of another bundle; ``out`` is not empty; the
-            version has no entry in the changelog; a check of the packaged bundle fails.
+        UserError: there is no such bundle; no trained file, or one of another bundle; the package is in
+            ``out`` already; the version has no entry in the changelog; a check of the packaged bundle fails.
     """
     source = _bundle_folder(bundle)
     name = source.name
-    target = _free_folder(out)
     meta = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))
     meta = _with_version(meta, version, change)
+    target, archive_name = Path(out).absolute(), f"{name}_v{meta['version']}.zip"
+    _refuse_to_replace(target, name, archive_name)
     files = _trained_files(name, Path(ckpt_dir), model_file)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         folder = work / name
         _build(source, folder, meta, files, depend=depend, weights_url=weights_url)
-        archive = work / f"{name}_v{meta['version']}.zip"
+        archive = work / archive_name
         _write_zip(folder, archive)
         for line in _check(archive, dataset_dir, forbid=not depend, private=[str(Path(ckpt_dir).absolute())]):
             report(line)
-        if target.is_dir():
-            target.rmdir()
-        os.replace(work, target)
+        target.mkdir(exist_ok=True)
+        for path in (folder, archive):
+            os.replace(path, target / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     report(f"wrote {target / name} with {', '.join(sorted(files))}")
@@ -108,11 +109,12 @@ def _bundle_folder(bundle: str) -> Path:
     raise UserError(f"there is no bundle {bundle!r}; give a folder with configs/metadata.json, or {', '.join(known)}")
 
 
-def _free_folder(out: str) -> Path:
-    target = Path(out).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {out} is there and not empty; give another folder, or remove it")
-    return target
+def _refuse_to_replace(target: Path, *names: str) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--out {target} is a file; give a folder")
+    for name in names:
+        if (target / name).exists():
+            raise UserError(f"--out {target} has {name} already; give another folder, or remove it")
 
 
 def _with_version(meta: dict[str, Any], version: str | None, change: str | None) -> dict[str, Any]:

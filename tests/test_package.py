@@ -78,11 +78,32 @@ def test_a_mistake_is_one_message_and_leaves_nothing(
     assert {p.name for p in tmp_path.iterdir()} == {"foreign"}
 
 
-def test_a_folder_that_is_not_empty_is_kept(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["package", "jdm", "--ckpt-dir", str(foreign), "--out", str(foreign)]
-    assert cli.main(command) == 2
-    assert "not empty" in capsys.readouterr().err
-    assert [p.name for p in foreign.iterdir()] == ["model.pt"]
+@pytest.mark.parametrize(
+    ("there", "out", "message"),
+    [
+        ("dist/jdm/mine", "dist", "has jdm already; give another folder, or remove it"),
+        ("dist/jdm_v0.1.0.zip", "dist", "has jdm_v0.1.0.zip already; give another folder, or remove it"),
+        ("dist", "dist", "dist is a file; give a folder"),
+    ],
+)
+def test_nothing_is_replaced(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str, out: str, message: str
+) -> None:
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / there).write_text("mine")
+    assert cli.main(["package", "jdm", "--ckpt-dir", str(foreign), "--out", str(tmp_path / out)]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / there).read_text() == "mine"
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 2
+
+
+def test_several_packages_lie_in_one_folder(trained: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "jdm").mkdir()
+    (tmp_path / "jdm_v0.1.0.zip").write_text("another")
+    build(trained, tmp_path)
+    names = {"cfg_ddpm", "cfg_ddpm_v0.1.0.zip", "jdm", "jdm_v0.1.0.zip"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "jdm_v0.1.0.zip").read_text() == "another"
 
 
 def test_large_weights_are_listed_so_that_monai_verifies_them(tmp_path: Path) -> None:
