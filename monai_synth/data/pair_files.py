@@ -58,8 +58,12 @@ def write_image(path: str | Path, image: np.ndarray, spacing: Sequence[float] | 
         image: the array.
         spacing: mm along each spatial axis, for NIfTI. Default: 1.
     """
-    last = np.moveaxis(image, 0, -1)
-    write_bytes(path, _encoded(path, last[..., 0] if image.shape[0] == 1 else last, spacing))
+    write_bytes(path, _encoded(path, channels_last(image), spacing))
+
+
+def channels_last(image: np.ndarray) -> np.ndarray:
+    """(C, *S) as picture libraries want it: (*S) of one channel, else (*S, C)."""
+    return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
 
 
 def write_label(path: str | Path, label: np.ndarray, spacing: Sequence[float] | None = None) -> None:

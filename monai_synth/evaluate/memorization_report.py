@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from monai_synth.atomic import write_bytes, write_json
+from monai_synth.data.pair_files import channels_last
 from monai_synth.errors import UserError
 from monai_synth.evaluate.case_sets import CaseSet
 from monai_synth.evaluate.memorization_pictures import posed
@@ -243,7 +244,7 @@ def _scores(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
 
 
 def _png(image: np.ndarray) -> bytes:
-    picture = Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)))
+    picture = Image.fromarray(np.ascontiguousarray(channels_last(image)))
     scale = _PICTURE / max(picture.size)
     picture = picture.resize([max(1, round(n * scale)) for n in picture.size], Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -16,7 +16,15 @@ import numpy as np
 
 from monai_synth.atomic import write_json
 from monai_synth.data.datalist import PreparedDataset, read_dataset
-from monai_synth.data.pair_files import FILE_ENDINGS, read_image, read_label, resize_image, resize_label, write_image
+from monai_synth.data.pair_files import (
+    FILE_ENDINGS,
+    channels_last,
+    read_image,
+    read_label,
+    resize_image,
+    resize_label,
+    write_image,
+)
 from monai_synth.data.whole_folder import whole_folder
 from monai_synth.errors import UserError
 from monai_synth.export.nnunet import NNUNetRawWriter, sanitize_case_id
@@ -200,8 +208,7 @@ def write_real(
             if image_size is not None:
                 image = resize_image(image, image_size)
                 label = resize_label(label, image_size, len(dataset.labels))
-            last = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-            writer.add(case["case_id"], last, label, spacing=spacing)
+            writer.add(case["case_id"], channels_last(image), label, spacing=spacing)
     return writer.finish(), [case["case_id"] for case in cases], [case["patient_id"] for case in cases]
 
 

@@ -7,6 +7,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from monai_synth.data.pair_files import channels_last
 from monai_synth.studio import maps
 from monai_synth.studio.map_page import MOST_CHOICES
 from monai_synth.studio.places import Place
@@ -60,5 +61,4 @@ class PicturePart:
 
 
 def _shown(image: np.ndarray, text: str) -> tuple[Image.Image, str]:
-    last = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-    return maps.enlarged(last, 400), status(text)
+    return maps.enlarged(channels_last(image), 400), status(text)

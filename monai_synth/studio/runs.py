@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from monai_synth.atomic import write_bytes
 from monai_synth.data.joint import split_joint, to_image, to_label
+from monai_synth.data.pair_files import channels_last
 from monai_synth.errors import UserError
 from monai_synth.export.pairs import PairExport
 from monai_synth.inference.sampler import watched
@@ -100,15 +101,10 @@ class Run:
         if isinstance(pred, dict):  # of jdm
             image, label = split_joint(pred["x_0"][i : i + 1], contract["image_channels"])
             picture = to_image(image, contract["value_range"])[0].numpy()
-            return _last(picture), to_label(label, contract["value_range"])[0].numpy()
+            return channels_last(picture), to_label(label, contract["value_range"])[0].numpy()
         if "classes" in contract:
-            return _last(to_image(pred[i : i + 1], contract["value_range"])[0].numpy()), None
+            return channels_last(to_image(pred[i : i + 1], contract["value_range"])[0].numpy()), None
         return to_uint8(pred[i]), batch["label"][i, 0].numpy()
-
-
-def _last(image: np.ndarray) -> np.ndarray:
-    """(C, H, W) -> (H, W) or (H, W, 3)."""
-    return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
 
 
 def run_job(

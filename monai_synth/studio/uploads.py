@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from monai_synth.atomic import write_bytes
-from monai_synth.data.pair_files import read_image, read_label, resize_image, resize_label
+from monai_synth.data.pair_files import channels_last, read_image, read_label, resize_image, resize_label
 from monai_synth.data.semantic import LABELS
 from monai_synth.data.slices import check_labels, resize_semantic
 from monai_synth.errors import UserError
@@ -97,7 +97,7 @@ def fitted(label: np.ndarray, labels: Mapping[str, int], size: Sequence[int]) ->
 def read_pair(case: Mapping[str, str], labels: Mapping[str, int], size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Image, uint8 (H, W) or (H, W, 3), and map of a case of a prepared dataset at the model's size."""
     image = resize_image(read_image(case["image"]), size)
-    return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), fitted(read_label(case["label"]), labels, size)
+    return channels_last(image), fitted(read_label(case["label"]), labels, size)
 
 
 def ending_of(name: str) -> str:
