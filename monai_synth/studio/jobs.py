@@ -37,7 +37,7 @@ from monai_synth.inference.lsdm import LSDMInferer
 from monai_synth.inference.model import LSDMModel, OneFileModel
 from monai_synth.inference.pairs import PairSamplingDataset, PairSamplingPrepareBatch, collate_pairs
 from monai_synth.inference.spade_gan import SPADEGANInferer
-from monai_synth.studio.places import Place
+from monai_synth.studio.places import MAP_BUNDLES, Place
 
 MOST_IMAGES = 64
 MOST_AT_ONCE = 32
@@ -317,11 +317,10 @@ def make_job(
         UserError: a map is needed and none is given, a size that the model cannot make, or what the bundle's own
             sampling refuses.
     """
-    if request.size is not None and tuple(request.size) not in place.sizes:
-        got, allowed = "x".join(map(str, request.size)), ", ".join("x".join(map(str, size)) for size in place.sizes)
-        raise UserError(f"images of {got} pixels are asked for; {place.bundle} makes {allowed} here")
+    if request.size is not None:
+        place.check_size(request.size)
     makers = {"jdm": partial(pair_job, drawing=drawing, image=image, folder=folder)}
-    if place.bundle in ("lsdm", "spade_gan"):
+    if place.bundle in MAP_BUNDLES:
         if drawing is None:
             raise UserError("there is no label map yet; take one of the dataset, upload one, or draw one")
         return map_job(place, model, drawing, request, folder)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from monai_synth.data.semantic import GUIDING_FEATURES
 from monai_synth.diffusion import FLOW_SAMPLERS, SAMPLERS, is_flow
 from monai_synth.errors import UserError
 
-MAP_BUNDLES = ("lsdm", "spade_gan")
-CLASS_BUNDLES = ("cfg_ddpm", "fad")
+MAP_BUNDLES = ("lsdm", "spade_gan")  # CT slices from semantic maps
 BUNDLES = {
     "lsdm": "CT slices from label maps, with the nodule's features guided (lsdm)",
     "spade_gan": "CT slices from label maps in one call (spade_gan)",
@@ -70,6 +69,16 @@ class Place:
             return (self.size,)
         scaled = [[side * scale for side in self.size] for scale in SCALES]
         return tuple(tuple(map(int, sides)) for sides in scaled if all(side % self.stride == 0 for side in sides))
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Refuse S that the model cannot make.
+
+        Raises:
+            UserError: it is none of `sizes`.
+        """
+        if tuple(size) not in self.sizes:
+            allowed = ", ".join("x".join(map(str, known)) for known in self.sizes)
+            raise UserError(f"{self.bundle} makes {allowed} here, not {'x'.join(map(str, size))}")
 
     @property
     def labels(self) -> dict[str, int]:

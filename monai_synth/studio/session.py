@@ -7,7 +7,7 @@ import secrets
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from monai_synth.inference.cases import read_label_file
 from monai_synth.inference.model import LSDMModel, OneFileModel, load_lsdm, load_model
 from monai_synth.studio import maps, uploads
 from monai_synth.studio.jobs import Drawing, Request, make_job
-from monai_synth.studio.places import Place
+from monai_synth.studio.places import MAP_BUNDLES, Place
 from monai_synth.studio.reading import Case, Reading
 from monai_synth.studio.runs import CancelledError, Progress, Run, run_job
 
@@ -150,7 +150,7 @@ class Studio:
     def _of_case(self, place: Place, case: Mapping, size: tuple[int, ...]) -> Drawing:
         array = read_label_file(case["label"])
         label = uploads.fitted(array, place.labels, size)
-        spacing = [mm * a / b for mm, a, b in zip(case.get("spacing", (1.0, 1.0)), array.shape, size, strict=True)]
+        spacing = _rescaled(case.get("spacing", (1.0, 1.0)), array.shape, size)
         return Drawing(label, case["source"], case if place.bundle != "jdm" else None, spacing)
 
     def size(self, session: Session, bundle: str) -> tuple[int, ...]:
@@ -164,17 +164,14 @@ class Studio:
             UserError: the model cannot make it.
         """
         place = self.places[bundle]
-        if tuple(size) not in place.sizes:
-            allowed = ", ".join("x".join(map(str, known)) for known in place.sizes)
-            raise UserError(f"{bundle} makes {allowed} here, not {'x'.join(map(str, size))}")
+        place.check_size(size)
         before = session.drawings.get(bundle)
         if before is not None and before.label.shape != tuple(size):
             if before.case is not None:
                 session.drawings[bundle] = self._of_case(place, before.case, tuple(size))
             else:
                 label = uploads.fitted(before.label, place.labels, size)
-                known = zip(before.spacing, before.label.shape, size, strict=True) if before.spacing else ()
-                spacing = [mm * a / b for mm, a, b in known] or None
+                spacing = _rescaled(before.spacing, before.label.shape, size) if before.spacing else None
                 session.drawings[bundle] = replace(before, label=label, spacing=spacing)
         session.sizes[bundle] = tuple(size)
 
@@ -336,7 +333,7 @@ class Studio:
         place = self.places[bundle]
         if source not in ("generated", "dataset", "both") or not place.labels:
             raise UserError(f"cannot read {source!r} of {bundle}; allowed are generated, dataset and both")
-        malignancies = bundle in ("lsdm", "spade_gan")
+        malignancies = bundle in MAP_BUNDLES
         cases = []
         if source != "dataset" and bundle in session.runs:
             cases += [Case(s.case_id, s.image, s.label, True, malignancies) for s in session.runs[bundle].samples()]
@@ -356,3 +353,8 @@ def _case_of(place: Place, name: str) -> Mapping[str, Any]:
     if case is None:
         raise UserError(f"{name!r} is no case of the dataset of {place.bundle}; choose one of the list")
     return case
+
+
+def _rescaled(spacing: Sequence[float], before: Sequence[int], size: Sequence[int]) -> list[float]:
+    """mm of a pixel once an array of shape ``before`` has another size."""
+    return [mm * a / b for mm, a, b in zip(spacing, before, size, strict=True)]
