@@ -17,6 +17,7 @@ import torch
 from bundle_runs import BUNDLES, options, run
 from monai.apps.utils import HashCheckError
 from monai.bundle import download_large_files
+from package_toy import CLASS_UNET, ROOT
 from source_images import shades
 
 import monai_synth
@@ -29,17 +30,9 @@ from monai_synth.package import package_bundle
 from monai_synth.package_check import LARGE
 from monai_synth.package_vendor import read_configs
 
-ROOT = Path(monai_synth.__file__).parent
 TINY = {
     "preset": "demo", "max_epochs": 1, "val_interval": 1, "save_interval": 1, "batch_size": 8, "base_channels": 8,
     "num_heads": 2, "num_grid_samples": 2, "device": "cpu",
-}  # fmt: skip
-CLASS_UNET = {
-    "target": "monai_synth.networks.ClassUNet",
-    "args": {
-        "spatial_dims": 2, "image_channels": 1, "num_classes": 2, "image_size": [8, 8], "base_channels": 8,
-        "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [], "num_heads": 2,
-    },
 }  # fmt: skip
 
 

@@ -3,26 +3,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from bundle_runs import BUNDLES
+from package_toy import CLASS_UNET, ROOT
 
-import monai_synth
 from monai_synth.checkpoint import build_network
 from monai_synth.errors import UserError
 from monai_synth.package_docs import packaged_readme
 from monai_synth.package_vendor import needed_code, read_configs, renamed_configs, renamed_source
-
-ROOT = Path(monai_synth.__file__).parent
-CLASS_UNET = {
-    "target": "monai_synth.networks.ClassUNet",
-    "args": {
-        "spatial_dims": 2, "image_channels": 1, "num_classes": 2, "image_size": [8, 8], "base_channels": 8,
-        "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [], "num_heads": 2,
-    },
-}  # fmt: skip
 
 
 def texts(value: Any) -> list[str]:
