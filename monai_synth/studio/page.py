@@ -238,7 +238,9 @@ class BundleTab:
             [self.gallery, self.told, self.file], concurrency_id="sampling", concurrency_limit=1,
             api_name=False, show_progress_on=self.gallery,
         )  # fmt: skip
-        self.stop.click(self._cancel, None, [self.told], queue=False, api_name=False)
+        # told first: the answer to what cancels may come after the sampling's own, and would stand over it
+        stopping = self.stop.click(self._cancelling, None, [self.told], queue=False, api_name=False)
+        stopping.then(self._cancel, None, [self.told], queue=False, api_name=False)
         self.show_map.change(self._show, [self.show_map], [self.gallery], queue=False, api_name=False)
         self.pack.click(told(self._pack, 2, 1), [self.form], [self.file, self.told], api_name=False)
 
@@ -278,10 +280,11 @@ class BundleTab:
         text = f"{len(pictures)} images, seeds from {asked.seed}. Download them below."
         return pictures, status(text), gr.update(value=None, visible=False)
 
+    def _cancelling(self) -> str:
+        return status("Cancelling at the next step ...")
+
     def _cancel(self, request: gr.Request) -> Any:
-        if self._session(request).cancel():
-            return status("Cancelling at the next step ...")
-        return status("Nothing is running.")
+        return gr.skip() if self._session(request).cancel() else status("Nothing is running.")
 
     def _show(self, with_map: bool, request: gr.Request) -> list[tuple[Any, str]]:
         return self.pictures(self._session(request).runs.get(self.bundle), with_map)
